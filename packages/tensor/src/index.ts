@@ -1,0 +1,12 @@
+/** The vocabulary of Lamina: errors, dtypes, the attention spec and the attention gather. Imports nothing. */
+export { AttentionGather } from './attention-gather.ts';
+export { type AttentionSpec, blockBytes, type KvDtype, type KvLayout, kvBytesPerToken } from './attention-spec.ts';
+export {
+  asLaminaError,
+  ERROR_CODES,
+  type ErrorCode,
+  isErrorCode,
+  LaminaError,
+  type LaminaErrorOptions,
+} from './errors.ts';
+export { bfloat16BitsToFloat32, float16BitsToFloat32, float16Table, float32ToFloat16Bits } from './float16.ts';
