@@ -1,1 +1,29 @@
-export {};
+/** All that one service knows of another: subjects, messages, tensor frames and their bounds. */
+export { packMessage, unpackMessage } from './codec.ts';
+export * from './frame.ts';
+export {
+  encodingOf,
+  type GenerateRequest,
+  generateRequestSchema,
+  type ParsedGenerateBody,
+  parseGenerateBody,
+  type WireEncoding,
+} from './generate-request.ts';
+export type { BlockRef, KvStatus, ShardHeartbeatReply } from './kv-messages.ts';
+export { LIMITS } from './limits.ts';
+export { describeIssues, type ErrorBody, errorBodySchema, idSchema, parseMessage } from './schema.ts';
+export * from './step-plan.ts';
+export {
+  ENDPOINTS,
+  type Endpoint,
+  EVENTS,
+  type EventSubject,
+  GATEWAY_QUEUE,
+  SERVICE_NAMES,
+  type ServiceName,
+  STREAMS,
+  SUBJECT_NOTES,
+  SUBJECTS,
+} from './subjects.ts';
+export { decodeTokens, encodeTokens, FINAL_HEADER, type FinishReason, type TokenMessage } from './token-message.ts';
+export { type Sampling, type WorkItem, workItemSchema } from './work-item.ts';

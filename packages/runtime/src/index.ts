@@ -1,1 +1,14 @@
-export {};
+/** Process life: the only package that reads process.env. */
+export { processEnvironment, readConfig } from './config.ts';
+export { createLogger, type Logger } from './log.ts';
+export { Counter, collectMetrics, DURATION_BUCKETS_S, Gauge, Histogram, Registry } from './metrics.ts';
+export { createInstanceId, type RunningService, runService, type ServiceContext, VERSION } from './service.ts';
+export {
+  type Config,
+  flagOf,
+  LAUNCHER_VARIABLES,
+  SERVICES,
+  SETTINGS,
+  type Service,
+  type SettingName,
+} from './settings.ts';

@@ -1,0 +1,268 @@
+/**
+ * Owns one NATS connection and the typed ways to use it: requests, events, raw messages, micro service.
+ *
+ * Invariants
+ * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
+ * 2. Replies are `{ok: ...}` or `{error: {code, message}}`, so an error code survives the hop.
+ * 3. The tensor plane uses `publish` and `subscribe` only: no schema, no promise, no header.
+ */
+import {
+  type Endpoint,
+  type EventSubject,
+  errorBodySchema,
+  packMessage,
+  parseMessage,
+  unpackMessage,
+} from '@lamina/protocol';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import {
+  headers,
+  type Msg,
+  type NatsConnection,
+  NatsError,
+  type PublishOptions,
+  RequestStrategy,
+  type Service,
+} from 'nats';
+import { type BusOptions, connectToNats } from './connection.ts';
+
+/** One received message. `data` is a view of the connection's buffer at any byte alignment, valid only during the call. */
+export interface BusMessage {
+  readonly subject: string;
+  readonly data: Uint8Array;
+  /** Subject to answer to, or undefined. */
+  readonly reply: string | undefined;
+  header(name: string): string | undefined;
+}
+
+export interface Subscription {
+  unsubscribe(): void;
+}
+
+export interface ServiceDescription {
+  /** $SRV name, one of SERVICE_NAMES. */
+  readonly name: string;
+  readonly version: string;
+  readonly description: string;
+  readonly metadata: Record<string, string>;
+  /** `data` of every endpoint in the answer to $SRV.STATS. */
+  readonly stats: () => unknown;
+}
+
+export interface BusEvents {
+  /** A handler failed or a message was malformed: for the log and the error counter. */
+  readonly onError: (error: LaminaError, subject: string) => void;
+}
+
+function toBusMessage(message: Msg): BusMessage {
+  return {
+    subject: message.subject,
+    data: message.data,
+    reply: message.reply === '' ? undefined : message.reply,
+    header: (name) => message.headers?.get(name) || undefined,
+  };
+}
+
+export class Bus {
+  readonly #connection: NatsConnection;
+  readonly #events: BusEvents;
+  #service: Service | undefined;
+
+  private constructor(connection: NatsConnection, events: BusEvents) {
+    this.#connection = connection;
+    this.#events = events;
+  }
+
+  /** @throws LaminaError `nats_unreachable` */
+  static async connect(options: BusOptions, events: BusEvents): Promise<Bus> {
+    return new Bus(await connectToNats(options), events);
+  }
+
+  /** For the JetStream parts of this package. */
+  get connection(): NatsConnection {
+    return this.#connection;
+  }
+
+  /** Largest message that the server takes, headers included. */
+  get maxPayloadBytes(): number {
+    return this.#connection.info?.max_payload ?? 1_048_576;
+  }
+
+  get isClosed(): boolean {
+    return this.#connection.isClosed();
+  }
+
+  /** Resolves when the connection is closed for good. */
+  get closed(): Promise<unknown> {
+    return this.#connection.closed();
+  }
+
+  /** Calls back with each change of the connection: for the log. */
+  onStatus(callback: (type: string, detail: string) => void): void {
+    void (async () => {
+      for await (const status of this.#connection.status()) callback(String(status.type), String(status.data));
+    })();
+  }
+
+  /**
+   * Calls an endpoint of the control plane.
+   * @throws LaminaError with the code of the answer; `unavailable` when nobody answers in time; `protocol_violation`.
+   */
+  async request<Request, Reply>(
+    endpoint: Endpoint<Request, Reply>,
+    body: Request,
+    options: { timeoutMs: number },
+  ): Promise<Reply> {
+    let message: Msg;
+    try {
+      message = await this.#connection.request(endpoint.subject, packMessage(body), { timeout: options.timeoutMs });
+    } catch (cause) {
+      if (cause instanceof NatsError) {
+        throw new LaminaError('unavailable', `no ${endpoint.to} answers on ${endpoint.subject}`, {
+          cause,
+          diagnostics: { nats: cause.code },
+        });
+      }
+      throw cause;
+    }
+    const answer = unpackMessage(message.data);
+    if (typeof answer === 'object' && answer !== null && 'error' in answer) {
+      const { code, message: text } = parseMessage(`${endpoint.subject} reply`, errorBodySchema, answer.error);
+      throw new LaminaError(code, text);
+    }
+    const body_ = typeof answer === 'object' && answer !== null && 'ok' in answer ? answer.ok : undefined;
+    return parseMessage(`${endpoint.subject} reply`, endpoint.reply, body_);
+  }
+
+  /** Announces this process as a NATS micro service: $SRV.PING, INFO and STATS. Endpoints are added with `serve`. */
+  async announce(description: ServiceDescription): Promise<void> {
+    this.#service = await this.#connection.services.add({
+      name: description.name,
+      version: description.version,
+      description: description.description,
+      metadata: description.metadata,
+      statsHandler: () => Promise.resolve(description.stats()),
+    });
+  }
+
+  /** The id under which this process answers $SRV.PING. */
+  get instanceId(): string {
+    return this.#service?.info().id ?? '';
+  }
+
+  /** Serves an endpoint of the control plane as an endpoint of the announced micro service. Call `announce` first. */
+  serve<Request, Reply>(endpoint: Endpoint<Request, Reply>, handler: (body: Request) => Reply | Promise<Reply>): void {
+    if (this.#service === undefined)
+      throw new LaminaError('internal', 'announce the service before it serves endpoints');
+    const name = endpoint.subject.replaceAll('.', '-');
+    this.#service.addEndpoint(name, {
+      subject: endpoint.subject,
+      handler: (error, message) => {
+        if (error) return;
+        this.#answer(endpoint, handler, message).catch((cause: unknown) =>
+          this.#events.onError(asLaminaError(cause), endpoint.subject),
+        );
+      },
+    });
+  }
+
+  async #answer<Request, Reply>(
+    endpoint: Endpoint<Request, Reply>,
+    handler: (body: Request) => Reply | Promise<Reply>,
+    message: Msg,
+  ): Promise<void> {
+    try {
+      const body = parseMessage(endpoint.subject, endpoint.request, unpackMessage(message.data));
+      message.respond(packMessage({ ok: await handler(body) }));
+    } catch (cause) {
+      const error = asLaminaError(cause);
+      if (error.code === 'internal' || error.code === 'protocol_violation')
+        this.#events.onError(error, endpoint.subject);
+      message.respond(packMessage({ error: { code: error.code, message: error.message } }));
+    }
+  }
+
+  /** Adds an endpoint that takes raw messages, in the queue group of the service. */
+  serveRaw(name: string, subject: string, queue: string, handler: (message: BusMessage) => void): void {
+    if (this.#service === undefined)
+      throw new LaminaError('internal', 'announce the service before it serves endpoints');
+    this.#service.addEndpoint(name, {
+      subject,
+      queue,
+      handler: (error, message) => error ?? this.#guard(subject, () => handler(toBusMessage(message))),
+    });
+  }
+
+  publishEvent<Body>(event: EventSubject<Body>, body: Body): void {
+    this.#connection.publish(event.subject, packMessage(body));
+  }
+
+  onEvent<Body>(event: EventSubject<Body>, handler: (body: Body) => void): Subscription {
+    return this.subscribe(event.subject, (message) =>
+      handler(parseMessage(event.subject, event.body, unpackMessage(message.data))),
+    );
+  }
+
+  /** Raw publish. The bytes must not change before the flush that follows in the same turn of the event loop. */
+  publish(subject: string, data: Uint8Array, reply?: string): void {
+    if (reply === undefined) this.#connection.publish(subject, data);
+    else this.#connection.publish(subject, data, { reply });
+  }
+
+  /** Raw publish with headers: for answers, not for the tensor plane. */
+  publishWithHeaders(subject: string, data: Uint8Array, entries: Readonly<Record<string, string>>): void {
+    const set = headers();
+    for (const [name, value] of Object.entries(entries)) set.set(name, value);
+    const options: PublishOptions = { headers: set };
+    this.#connection.publish(subject, data, options);
+  }
+
+  /** Raw subscription; the callback runs as messages arrive, in order. */
+  subscribe(subject: string, callback: (message: BusMessage) => void, options: { queue?: string } = {}): Subscription {
+    return this.#connection.subscribe(subject, {
+      ...options,
+      callback: (error, message) => {
+        if (error)
+          this.#events.onError(
+            new LaminaError('unavailable', `subscription ${subject} failed: ${error.message}`, { cause: error }),
+            subject,
+          );
+        else this.#guard(subject, () => callback(toBusMessage(message)));
+      },
+    });
+  }
+
+  #guard(subject: string, run: () => void): void {
+    try {
+      run();
+    } catch (cause) {
+      this.#events.onError(asLaminaError(cause), subject);
+    }
+  }
+
+  /** Sends a request to everyone who listens and collects what comes back within `waitMs`. */
+  async requestAll(subject: string, waitMs: number): Promise<Uint8Array[]> {
+    const answers: Uint8Array[] = [];
+    try {
+      const replies = await this.#connection.requestMany(subject, undefined, {
+        strategy: RequestStrategy.JitterTimer,
+        jitter: waitMs / 2,
+        maxWait: waitMs,
+      });
+      for await (const reply of replies) answers.push(reply.data);
+    } catch (cause) {
+      if (!(cause instanceof NatsError)) throw cause;
+    }
+    return answers;
+  }
+
+  async flush(): Promise<void> {
+    await this.#connection.flush();
+  }
+
+  /** Sends what is buffered, then closes. */
+  async close(): Promise<void> {
+    if (this.#connection.isClosed()) return;
+    await this.#connection.drain();
+  }
+}

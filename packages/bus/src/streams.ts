@@ -1,0 +1,82 @@
+/**
+ * Owns the JetStream streams: their limits, and creating or adjusting them at start.
+ *
+ * Invariants
+ * 1. Every stream is bounded in messages or bytes.
+ * 2. Any service may create a stream first; all ask for the same configuration.
+ */
+import { STREAMS } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+import {
+  AckPolicy,
+  DiscardPolicy,
+  type JetStreamManager,
+  NatsError,
+  nanos,
+  RetentionPolicy,
+  StorageType,
+  type StreamConfig,
+} from 'nats';
+import type { Bus } from './bus.ts';
+
+/** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
+export const ACK_WAIT_MS = 30_000;
+
+const WORK_CONFIG = {
+  name: STREAMS.work.name,
+  subjects: [...STREAMS.work.subjects],
+  retention: RetentionPolicy.Workqueue,
+  storage: StorageType.File,
+  discard: DiscardPolicy.New,
+  max_msgs: 10_000,
+  max_bytes: 512 * 1024 * 1024,
+} satisfies Partial<StreamConfig>;
+
+const TOKENS_CONFIG = {
+  name: STREAMS.tokens.name,
+  subjects: [...STREAMS.tokens.subjects],
+  retention: RetentionPolicy.Limits,
+  storage: StorageType.File,
+  discard: DiscardPolicy.Old,
+  max_age: nanos(60 * 60 * 1000),
+  max_bytes: 512 * 1024 * 1024,
+  duplicate_window: nanos(2 * 60 * 1000),
+} satisfies Partial<StreamConfig>;
+
+async function ensureStream(
+  manager: JetStreamManager,
+  config: Partial<StreamConfig> & { name: string },
+): Promise<void> {
+  try {
+    await manager.streams.info(config.name);
+    await manager.streams.update(config.name, config);
+  } catch (cause) {
+    if (!(cause instanceof NatsError) || cause.api_error?.err_code !== 10059) throw cause;
+    await manager.streams.add(config);
+  }
+}
+
+/**
+ * Creates or adjusts both streams and the executors' consumer.
+ * @throws LaminaError `nats_unreachable` when the server has no JetStream or refuses.
+ */
+export async function ensureStreams(bus: Bus): Promise<void> {
+  try {
+    const manager = await bus.connection.jetstreamManager();
+    await ensureStream(manager, WORK_CONFIG);
+    await ensureStream(manager, TOKENS_CONFIG);
+    await manager.consumers.add(STREAMS.work.name, {
+      durable_name: STREAMS.work.durableConsumer,
+      ack_policy: AckPolicy.Explicit,
+      ack_wait: nanos(ACK_WAIT_MS),
+      max_ack_pending: WORK_CONFIG.max_msgs,
+    });
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    const advice =
+      reason.includes('503') || reason.includes('jetstream not enabled')
+        ? 'it runs without JetStream; start it with -js'
+        : reason;
+    throw new LaminaError('nats_unreachable', `nats-server cannot keep the streams of Lamina: ${advice}`, { cause });
+  }
+}

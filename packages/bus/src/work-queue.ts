@@ -1,0 +1,105 @@
+/**
+ * Owns the work queue: gateways submit work items, executors lease them.
+ *
+ * Invariants
+ * 1. An item stays in the stream until its lease is completed; a lease that is neither renewed nor completed is offered again.
+ * 2. An item that cannot be decoded is removed at once: it would fail everywhere.
+ */
+import {
+  packMessage,
+  parseMessage,
+  STREAMS,
+  SUBJECTS,
+  unpackMessage,
+  type WorkItem,
+  workItemSchema,
+} from '@lamina/protocol';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { type Consumer, type JetStreamClient, type JsMsg, NatsError } from 'nats';
+import type { Bus } from './bus.ts';
+
+/** One work item that this process has taken on. */
+export interface WorkLease {
+  readonly item: WorkItem;
+  /** 1 on the first delivery. */
+  readonly deliveryCount: number;
+  /** Tells the queue that the item is still worked on; call at least every ACK_WAIT_MS / 2. */
+  renew(): void;
+  /** The answer is complete: removes the item. */
+  complete(): void;
+  /** Hands the item back at once, for another executor. */
+  release(): void;
+}
+
+const SUBMIT_TIMEOUT_MS = 5_000;
+const STREAM_FULL_ERROR_CODE = 10077;
+
+export class WorkQueue {
+  readonly #bus: Bus;
+  readonly #jetstream: JetStreamClient;
+  #consumer: Consumer | undefined;
+
+  /** Call `ensureStreams` first. */
+  constructor(bus: Bus) {
+    this.#bus = bus;
+    this.#jetstream = bus.connection.jetstream();
+  }
+
+  /**
+   * Puts an item into the queue. Returns its stream sequence.
+   * @throws LaminaError `overloaded` when the queue is full, `duplicate_id` when the id was submitted before, `unavailable`.
+   */
+  async submit(item: WorkItem): Promise<number> {
+    try {
+      const ack = await this.#jetstream.publish(SUBJECTS.work(item.id), packMessage(item), {
+        msgID: item.id,
+        timeout: SUBMIT_TIMEOUT_MS,
+      });
+      if (ack.duplicate)
+        throw new LaminaError('duplicate_id', `the id "${item.id}" was used a short time ago; choose another`);
+      return ack.seq;
+    } catch (cause) {
+      if (cause instanceof LaminaError) throw cause;
+      if (cause instanceof NatsError && cause.api_error?.err_code === STREAM_FULL_ERROR_CODE) {
+        throw new LaminaError('overloaded', 'the work queue is full; retry later', { cause });
+      }
+      throw new LaminaError('unavailable', 'the work queue does not take the prompt; is JetStream up?', { cause });
+    }
+  }
+
+  /** Removes an item that no executor has completed. Returns false if it was gone. */
+  async remove(sequence: number): Promise<boolean> {
+    const manager = await this.#bus.connection.jetstreamManager();
+    try {
+      return await manager.streams.deleteMessage(STREAMS.work.name, sequence);
+    } catch (cause) {
+      if (cause instanceof NatsError && cause.api_error !== undefined) return false;
+      throw cause;
+    }
+  }
+
+  /** Waits up to `waitMs` for the next item. Returns undefined when there is none (or it was unreadable and removed). */
+  async lease(waitMs: number, onError: (error: LaminaError) => void): Promise<WorkLease | undefined> {
+    this.#consumer ??= await this.#jetstream.consumers.get(STREAMS.work.name, STREAMS.work.durableConsumer);
+    const message = await this.#consumer.next({ expires: waitMs });
+    if (message === null) return undefined;
+    try {
+      const item = parseMessage('work item', workItemSchema, unpackMessage(message.data));
+      return leaseOf(message, item);
+    } catch (cause) {
+      message.term();
+      onError(asLaminaError(cause));
+      return undefined;
+    }
+  }
+}
+
+function leaseOf(message: JsMsg, item: WorkItem): WorkLease {
+  return {
+    item,
+    deliveryCount: message.info.redeliveryCount,
+    renew: () => message.working(),
+    complete: () => message.ack(),
+    release: () => message.nak(),
+  };
+}

@@ -1,0 +1,145 @@
+/**
+ * Owns the frame of the tensor plane: a fixed little-endian header before raw bytes.
+ *
+ *   offset 0 u32 magic "LAM1"    4 u8 version   5 u8 kind        6 u16 layer
+ *          8 u32 stepId         12 u16 waveIndex                14 u16 shardIndex
+ *         16 u32 bodyBytes (of the whole message)               20 u32 partOffset (of this frame's bytes in the body)
+ *         24 u32 originId                                       28 u32 reserved, zero
+ *
+ * Invariants
+ * 1. A message larger than the server's max_payload travels as several frames, in order, each with the whole header.
+ * 2. (originId, waveIndex, stepId, layer) names one exchange; a shard echoes all four and shardIndex in its reply.
+ * 3. Reading a header allocates nothing: fields are read into one reused record.
+ */
+import { LaminaError } from '@lamina/tensor';
+import { LIMITS } from './limits.ts';
+
+export const FRAME_HEADER_BYTES = 32;
+const MAGIC = 0x314d414c;
+const VERSION = 1;
+
+/** plan: executor -> shard, once per step. attend: executor -> shard, q k v of one layer. partial, failure: shard -> executor. */
+export const FRAME_KIND = { plan: 1, attend: 2, partial: 3, failure: 4 } as const;
+export type FrameKind = (typeof FRAME_KIND)[keyof typeof FRAME_KIND];
+
+export interface FrameHeader {
+  kind: number;
+  layer: number;
+  stepId: number;
+  waveIndex: number;
+  shardIndex: number;
+  /** Bytes of the whole body, all parts together, headers not counted. */
+  bodyBytes: number;
+  /** Where this frame's bytes belong in the body. */
+  partOffset: number;
+  /** Random id of the worker thread that runs the step. */
+  originId: number;
+}
+
+export function emptyFrameHeader(): FrameHeader {
+  return { kind: 0, layer: 0, stepId: 0, waveIndex: 0, shardIndex: 0, bodyBytes: 0, partOffset: 0, originId: 0 };
+}
+
+/** Writes `header` at the start of `buffer`. */
+export function writeFrameHeader(buffer: Uint8Array, header: FrameHeader): void {
+  const view = new DataView(buffer.buffer, buffer.byteOffset, FRAME_HEADER_BYTES);
+  view.setUint32(0, MAGIC, true);
+  view.setUint8(4, VERSION);
+  view.setUint8(5, header.kind);
+  view.setUint16(6, header.layer, true);
+  view.setUint32(8, header.stepId, true);
+  view.setUint16(12, header.waveIndex, true);
+  view.setUint16(14, header.shardIndex, true);
+  view.setUint32(16, header.bodyBytes, true);
+  view.setUint32(20, header.partOffset, true);
+  view.setUint32(24, header.originId, true);
+  view.setUint32(28, 0, true);
+}
+
+/**
+ * Reads and checks the header of a frame into `header`.
+ * @throws LaminaError `protocol_violation` when the frame is short, of another version or inconsistent.
+ */
+export function readFrameHeader(frame: Uint8Array, header: FrameHeader): void {
+  if (frame.length < FRAME_HEADER_BYTES) throw badFrame('shorter than its header', frame);
+  const view = new DataView(frame.buffer, frame.byteOffset, FRAME_HEADER_BYTES);
+  if (view.getUint32(0, true) !== MAGIC) throw badFrame('not a Lamina frame', frame);
+  if (view.getUint8(4) !== VERSION)
+    throw badFrame(`version ${view.getUint8(4)}, this process speaks ${VERSION}`, frame);
+  header.kind = view.getUint8(5);
+  header.layer = view.getUint16(6, true);
+  header.stepId = view.getUint32(8, true);
+  header.waveIndex = view.getUint16(12, true);
+  header.shardIndex = view.getUint16(14, true);
+  header.bodyBytes = view.getUint32(16, true);
+  header.partOffset = view.getUint32(20, true);
+  header.originId = view.getUint32(24, true);
+  if (header.kind < FRAME_KIND.plan || header.kind > FRAME_KIND.failure)
+    throw badFrame(`kind ${header.kind} is unknown`, frame);
+  if (header.bodyBytes > LIMITS.tensorBytes)
+    throw badFrame(`a body of ${header.bodyBytes} bytes is over the limit`, frame);
+  if (header.partOffset + frame.length - FRAME_HEADER_BYTES > header.bodyBytes)
+    throw badFrame('more bytes than its body has', frame);
+}
+
+function badFrame(what: string, frame: Uint8Array): LaminaError {
+  return new LaminaError('protocol_violation', `bad tensor frame: ${what}`, {
+    diagnostics: { frameBytes: frame.length },
+  });
+}
+
+/**
+ * The frames of a message (header + body in one buffer): the buffer itself when it fits `maxPayloadBytes`, else copies.
+ * Hot path callers test the length first and never get here for one-frame messages.
+ */
+export function splitFrame(message: Uint8Array, header: FrameHeader, maxPayloadBytes: number): Uint8Array[] {
+  if (message.length <= maxPayloadBytes) return [message];
+  const partBytes = maxPayloadBytes - FRAME_HEADER_BYTES;
+  const frames: Uint8Array[] = [];
+  for (let offset = 0; offset < header.bodyBytes; offset += partBytes) {
+    const bytes = Math.min(partBytes, header.bodyBytes - offset);
+    const frame = new Uint8Array(FRAME_HEADER_BYTES + bytes);
+    writeFrameHeader(frame, { ...header, partOffset: offset });
+    frame.set(message.subarray(FRAME_HEADER_BYTES + offset, FRAME_HEADER_BYTES + offset + bytes), FRAME_HEADER_BYTES);
+    frames.push(frame);
+  }
+  return frames;
+}
+
+/**
+ * Joins the parts of one body. NATS keeps the order of one publisher, so parts arrive in order; a repeated part is
+ * ignored and a gap is an error. The memory is reused from message to message.
+ */
+export class FrameAssembler {
+  #body = new Uint8Array(0);
+  #receivedBytes = 0;
+  #bodyBytes = -1;
+  #key = '';
+
+  /**
+   * Takes one frame. Returns the whole body when it is complete, else undefined. A body that came in one frame is a
+   * view of `frame` (no copy); a joined one is a view of the assembler's memory, valid until the next call.
+   * @throws LaminaError `protocol_violation` on a gap or on parts that disagree.
+   */
+  push(frame: Uint8Array, header: FrameHeader): Uint8Array | undefined {
+    const bytes = frame.length - FRAME_HEADER_BYTES;
+    if (bytes === header.bodyBytes) return frame.subarray(FRAME_HEADER_BYTES);
+    const key = `${header.kind}.${header.stepId}.${header.layer}`;
+    if (header.partOffset === 0) {
+      this.#key = key;
+      this.#bodyBytes = header.bodyBytes;
+      this.#receivedBytes = 0;
+      if (this.#body.length < header.bodyBytes) this.#body = new Uint8Array(header.bodyBytes);
+    } else if (key !== this.#key || header.bodyBytes !== this.#bodyBytes || header.partOffset > this.#receivedBytes) {
+      throw badFrame(
+        `part at ${header.partOffset} does not follow ${this.#receivedBytes} bytes of the same message`,
+        frame,
+      );
+    } else if (header.partOffset < this.#receivedBytes) {
+      return undefined;
+    }
+    this.#body.set(frame.subarray(FRAME_HEADER_BYTES), header.partOffset);
+    this.#receivedBytes += bytes;
+    return this.#receivedBytes === this.#bodyBytes ? this.#body.subarray(0, this.#bodyBytes) : undefined;
+  }
+}

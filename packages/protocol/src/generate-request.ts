@@ -1,0 +1,122 @@
+/**
+ * Owns the body of `lamina.v1.generate`: plain text, a JSON object or a msgpack map, and its validation.
+ *
+ * Invariants
+ * 1. A body that starts with `{` must be valid JSON; a body that is a whole msgpack map is one; any other valid UTF-8 is the prompt.
+ * 2. Unknown fields are reported, never ignored.
+ * 3. Exactly one of prompt, messages and token_ids is given.
+ */
+import { LaminaError } from '@lamina/tensor';
+import { z } from 'zod';
+import { unpackMessage } from './codec.ts';
+import { LIMITS } from './limits.ts';
+import { describeIssues, idSchema } from './schema.ts';
+
+/** How a client wants its answer: text and JSON are answered in JSON, msgpack in msgpack. */
+export type WireEncoding = 'json' | 'msgpack';
+
+const stopStringSchema = z
+  .string()
+  .min(1, 'a stop string must not be empty')
+  .max(LIMITS.stopStringCharacters, `a stop string has at most ${LIMITS.stopStringCharacters} characters`);
+
+export const generateRequestSchema = z
+  .strictObject({
+    id: idSchema.optional(),
+    model: z.string().min(1).max(256).optional(),
+    prompt: z.string().min(1, 'must not be empty').optional(),
+    messages: z
+      .array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() }))
+      .min(1, 'must not be empty')
+      .max(LIMITS.messages)
+      .optional(),
+    token_ids: z.array(z.int().min(0)).min(1, 'must not be empty').max(LIMITS.promptTokens).optional(),
+    max_tokens: z.int().min(1).max(LIMITS.maxTokens).optional(),
+    temperature: z.number().min(0).max(100).optional(),
+    top_p: z.number().gt(0).max(1).optional(),
+    top_k: z.int().min(0).optional(),
+    min_p: z.number().min(0).max(1).optional(),
+    seed: z.int().optional(),
+    stop: z
+      .union([stopStringSchema.transform((stop) => [stop]), z.array(stopStringSchema).max(LIMITS.stopStrings)])
+      .optional(),
+    logprobs: z.union([z.boolean(), z.int().min(0).max(LIMITS.topLogprobs)]).optional(),
+    ignore_eos: z.boolean().optional(),
+    priority: z.int().min(-100).max(100).optional(),
+    deadline_ms: z.int().min(1).optional(),
+  })
+  .superRefine((request, context) => {
+    const given = (['prompt', 'messages', 'token_ids'] as const).filter((field) => request[field] !== undefined);
+    if (given.length !== 1) {
+      const found = given.length === 0 ? 'none is there' : `${given.join(' and ')} are there`;
+      context.addIssue({ code: 'custom', message: `give exactly one of prompt, messages and token_ids; ${found}` });
+    }
+  });
+
+export type GenerateRequest = z.infer<typeof generateRequestSchema>;
+
+export interface ParsedGenerateBody {
+  readonly encoding: WireEncoding;
+  readonly request: GenerateRequest;
+}
+
+const utf8 = new TextDecoder('utf-8', { fatal: true });
+
+function isMap(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
+}
+
+/** fixmap, map 16 or map 32 (msgpack specification). */
+function looksLikeMsgpackMap(firstByte: number): boolean {
+  return (firstByte >= 0x80 && firstByte <= 0x8f) || firstByte === 0xde || firstByte === 0xdf;
+}
+
+function unpackMap(body: Uint8Array): Record<string, unknown> | undefined {
+  try {
+    const value = unpackMessage(body);
+    return isMap(value) ? value : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function decodeBody(body: Uint8Array): { encoding: WireEncoding; value: unknown } {
+  if (body.length === 0)
+    throw new LaminaError('invalid_request', 'the body is empty; send a prompt as text or a JSON object');
+  if (body.length > LIMITS.generateBodyBytes) {
+    throw new LaminaError(
+      'invalid_request',
+      `the body has ${body.length} bytes; at most ${LIMITS.generateBodyBytes} are taken`,
+    );
+  }
+  if (looksLikeMsgpackMap(body[0]!)) {
+    const value = unpackMap(body);
+    if (value !== undefined) return { encoding: 'msgpack', value };
+  }
+  let text: string;
+  try {
+    text = utf8.decode(body);
+  } catch (cause) {
+    throw new LaminaError('invalid_request', 'the body is neither UTF-8 text nor a msgpack map', { cause });
+  }
+  if (!text.startsWith('{')) return { encoding: 'json', value: { prompt: text } };
+  try {
+    return { encoding: 'json', value: JSON.parse(text) };
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new LaminaError('invalid_request', `the body starts with "{" but is not valid JSON: ${reason}`, { cause });
+  }
+}
+
+/** The encoding that an answer to `body` has, even if the body is bad. */
+export function encodingOf(body: Uint8Array): WireEncoding {
+  return body.length > 0 && looksLikeMsgpackMap(body[0]!) && unpackMap(body) !== undefined ? 'msgpack' : 'json';
+}
+
+/** @throws LaminaError `invalid_request` that lists every bad field. */
+export function parseGenerateBody(body: Uint8Array): ParsedGenerateBody {
+  const { encoding, value } = decodeBody(body);
+  const result = generateRequestSchema.safeParse(value);
+  if (!result.success) throw new LaminaError('invalid_request', describeIssues(result.error), { cause: result.error });
+  return { encoding, request: result.data };
+}

@@ -1,0 +1,78 @@
+/**
+ * Owns the control-plane messages of the kv-manager: registration, block tables, status and its events.
+ *
+ * Invariants
+ * 1. `managerEpoch` changes when a kv-manager starts: block tables of another epoch are void.
+ * 2. A shard that restarts takes a new shardId, so a block reference can never reach memory that forgot it.
+ */
+import { z } from 'zod';
+import { attentionSpecSchema, idSchema, kvLayoutSchema } from './schema.ts';
+
+export const executorHeartbeatSchema = z.object({
+  executorId: idSchema,
+  modelId: z.string(),
+  spec: attentionSpecSchema,
+});
+export const executorHeartbeatReplySchema = z.object({
+  managerEpoch: z.string(),
+  layout: kvLayoutSchema,
+  heartbeatIntervalMs: z.int().min(1),
+});
+
+export const shardHeartbeatSchema = z.object({
+  shardId: idSchema,
+  budgetBytes: z.int().min(1),
+  /** Name of the attention kernel in use. */
+  kernel: z.string(),
+  /** Blocks that fit the budget; null until the shard knows the layout and has its memory. */
+  numBlocks: z.int().min(0).nullable(),
+});
+export const shardHeartbeatReplySchema = z.object({
+  managerEpoch: z.string(),
+  /** null until the first executor has registered a model. */
+  layout: kvLayoutSchema.nullable(),
+  heartbeatIntervalMs: z.int().min(1),
+});
+export type ShardHeartbeatReply = z.infer<typeof shardHeartbeatReplySchema>;
+
+/** One entry of a block table; its index there says which tokens it holds. */
+export const blockRefSchema = z.object({ shardId: idSchema, block: z.int().min(0) });
+export type BlockRef = z.infer<typeof blockRefSchema>;
+
+export const allocateSchema = z.object({
+  requestId: idSchema,
+  executorId: idSchema,
+  /** Tokens that must have room now. */
+  numTokens: z.int().min(1),
+  /** Tokens the request can grow to (prompt + max_tokens): refused at once if the cluster could never hold them. */
+  maxTokens: z.int().min(1),
+});
+export const extendSchema = z.object({
+  requestId: idSchema,
+  executorId: idSchema,
+  /** Tokens that must have room after this call, those of earlier calls included. */
+  numTokens: z.int().min(1),
+});
+export const blocksReplySchema = z.object({ managerEpoch: z.string(), blocks: z.array(blockRefSchema) });
+export const freeSchema = z.object({ requestId: idSchema, executorId: idSchema });
+export const emptySchema = z.object({});
+
+export const shardStatusSchema = z.object({
+  shardId: idSchema,
+  kernel: z.string(),
+  budgetBytes: z.int(),
+  numBlocks: z.int(),
+  usedBlocks: z.int(),
+});
+export const kvStatusSchema = z.object({
+  managerEpoch: z.string(),
+  modelId: z.string().nullable(),
+  layout: kvLayoutSchema.nullable(),
+  executors: z.array(z.object({ executorId: idSchema, modelId: z.string() })),
+  shards: z.array(shardStatusSchema),
+  numRequests: z.int(),
+});
+export type KvStatus = z.infer<typeof kvStatusSchema>;
+
+export const shardLostSchema = z.object({ shardId: idSchema });
+export const capacityFreedSchema = z.object({ freeBlocks: z.int().min(0) });

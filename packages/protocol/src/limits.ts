@@ -1,0 +1,24 @@
+/**
+ * Owns every bound on what may cross a process boundary. A message beyond a bound is refused at the receiver.
+ */
+export const LIMITS = {
+  idCharacters: 64,
+  stopStrings: 16,
+  stopStringCharacters: 256,
+  topLogprobs: 20,
+  messages: 1024,
+  maxTokens: 1_000_000,
+  /** Tokens of one prompt, whatever the context of the model. */
+  promptTokens: 1_000_000,
+  /** Bytes of one body on lamina.v1.generate, below what nats-server lets through. */
+  generateBodyBytes: 4 * 1024 * 1024,
+  /** Segments (requests) of one step plan. */
+  planSegments: 65_536,
+  /** Query or KV rows of one step plan. */
+  planRows: 1_048_576,
+  /** Block table entries of one step plan. */
+  planBlocks: 4_194_304,
+  /** Bytes of one logical tensor-plane message before it is split. */
+  tensorBytes: 1_073_741_824,
+  layers: 1024,
+} as const;

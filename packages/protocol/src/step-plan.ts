@@ -1,0 +1,91 @@
+/**
+ * Owns the step plan: which queries see which blocks and where new K and V go, sent to a shard once per step.
+ *
+ * Body: int32 little-endian: numQueryRows, numKvRows, numSegments, numBlocks, then segments, blocks, kvSlots.
+ *
+ * Invariants
+ * 1. The plan names everything that the per-layer messages of its step need; those carry tensors only.
+ * 2. A shard keeps no table between steps: the plan lists every block it is to read.
+ */
+import { LaminaError } from '@lamina/tensor';
+import { FRAME_HEADER_BYTES, FRAME_KIND, type FrameHeader, writeFrameHeader } from './frame.ts';
+import { LIMITS } from './limits.ts';
+
+/** queryRowStart, numQueries, firstPosition, blockStart, numBlocks. */
+export const SEGMENT_FIELDS = 5;
+/** physicalBlock, firstPosition, numTokens. */
+export const BLOCK_FIELDS = 3;
+const COUNTS = 4;
+
+export interface StepPlan {
+  readonly numQueryRows: number;
+  readonly numKvRows: number;
+  /** [numSegments, 5] one per request: queryRowStart, numQueries, firstPosition (of the first query; the rest follow), blockStart, numBlocks. */
+  readonly segments: Int32Array;
+  /** [numBlocks, 3]: physicalBlock, firstPosition (of its first token), numTokens (valid after this step's append). */
+  readonly blocks: Int32Array;
+  /** [numKvRows]: physicalBlock * blockSizeTokens + offset, where each new row of K and V is stored. */
+  readonly kvSlots: Int32Array;
+}
+
+/** Bytes of q, k and v of one layer: [numQueryRows, numHeads, headDim], then k and v [numKvRows, numKvHeads, headDim], float32. */
+export function attendBytes(plan: StepPlan, numHeads: number, numKvHeads: number, headDim: number): number {
+  return 4 * headDim * (plan.numQueryRows * numHeads + 2 * plan.numKvRows * numKvHeads);
+}
+
+/** Bytes of one layer's reply: o [numQueryRows, numHeads, headDim], then lse [numQueryRows, numHeads], float32. */
+export function partialBytes(numQueryRows: number, numHeads: number, headDim: number): number {
+  return 4 * numQueryRows * numHeads * (headDim + 1);
+}
+
+/** One message, header included. `header.bodyBytes` is set. */
+export function encodeStepPlan(plan: StepPlan, header: FrameHeader): Uint8Array {
+  const numInts = COUNTS + plan.segments.length + plan.blocks.length + plan.kvSlots.length;
+  const message = new Uint8Array(FRAME_HEADER_BYTES + numInts * 4);
+  const ints = new Int32Array(message.buffer, FRAME_HEADER_BYTES, numInts);
+  ints[0] = plan.numQueryRows;
+  ints[1] = plan.numKvRows;
+  ints[2] = plan.segments.length / SEGMENT_FIELDS;
+  ints[3] = plan.blocks.length / BLOCK_FIELDS;
+  ints.set(plan.segments, COUNTS);
+  ints.set(plan.blocks, COUNTS + plan.segments.length);
+  ints.set(plan.kvSlots, COUNTS + plan.segments.length + plan.blocks.length);
+  header.kind = FRAME_KIND.plan;
+  header.layer = 0;
+  header.partOffset = 0;
+  header.bodyBytes = numInts * 4;
+  writeFrameHeader(message, header);
+  return message;
+}
+
+/**
+ * Decodes a plan's body; the arrays are copies, aligned. Indices into KV memory are checked by the kernel, which knows it.
+ * @throws LaminaError `protocol_violation`
+ */
+export function decodeStepPlan(body: Uint8Array): StepPlan {
+  if (body.length < COUNTS * 4 || body.length % 4 !== 0) throw badPlan(`a body of ${body.length} bytes`);
+  const ints = new Int32Array(body.slice().buffer);
+  const numQueryRows = count(ints[0]!, LIMITS.planRows, 'query rows');
+  const numKvRows = count(ints[1]!, LIMITS.planRows, 'KV rows');
+  const numSegments = count(ints[2]!, LIMITS.planSegments, 'segments');
+  const numBlocks = count(ints[3]!, LIMITS.planBlocks, 'blocks');
+  const blocksAt = COUNTS + numSegments * SEGMENT_FIELDS;
+  const slotsAt = blocksAt + numBlocks * BLOCK_FIELDS;
+  if (ints.length !== slotsAt + numKvRows) throw badPlan(`${ints.length} integers where ${slotsAt + numKvRows} belong`);
+  return {
+    numQueryRows,
+    numKvRows,
+    segments: ints.subarray(COUNTS, blocksAt),
+    blocks: ints.subarray(blocksAt, slotsAt),
+    kvSlots: ints.subarray(slotsAt),
+  };
+}
+
+function count(value: number, limit: number, what: string): number {
+  if (value < 0 || value > limit) throw badPlan(`${value} ${what}; 0 to ${limit} are taken`);
+  return value;
+}
+
+function badPlan(what: string): LaminaError {
+  return new LaminaError('protocol_violation', `bad step plan: ${what}`);
+}

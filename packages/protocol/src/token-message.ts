@@ -1,0 +1,53 @@
+/**
+ * Owns the answer: token messages on `lamina.v1.tokens.<id>` and to the client's inbox.
+ *
+ * Invariants
+ * 1. Each generated token appears exactly once, in order; `index` counts from 0.
+ * 2. `finish_reason` is null until the last message; the last one has the header `Lamina-Final: true`.
+ * 3. A last message without a token (cancelled, error) has `token: null` and the index the next token would have had.
+ */
+import { z } from 'zod';
+import { packMessage, unpackMessage } from './codec.ts';
+import type { WireEncoding } from './generate-request.ts';
+import { errorBodySchema, idSchema, parseMessage } from './schema.ts';
+
+/** Header of the last message of an answer, value `true`. */
+export const FINAL_HEADER = 'Lamina-Final';
+
+export const finishReasonSchema = z.enum(['stop', 'length', 'cancelled', 'error']);
+export type FinishReason = z.infer<typeof finishReasonSchema>;
+
+export const tokenMessageSchema = z.object({
+  id: idSchema,
+  index: z.int().min(0),
+  token: z.int().min(0).nullable(),
+  text: z.string(),
+  /** Natural logarithm of the token's probability at temperature 1. */
+  logprob: z.number().optional(),
+  top_logprobs: z.array(z.object({ token: z.int(), text: z.string(), logprob: z.number() })).optional(),
+  finish_reason: finishReasonSchema.nullable(),
+  usage: z.object({ prompt_tokens: z.int(), completion_tokens: z.int(), total_tokens: z.int() }).optional(),
+  error: errorBodySchema.optional(),
+});
+export type TokenMessage = z.infer<typeof tokenMessageSchema>;
+
+const answerSchema = z.union([
+  tokenMessageSchema.transform((message) => [message]),
+  z.array(tokenMessageSchema).min(1),
+]);
+
+const encoder = new TextEncoder();
+const decoder = new TextDecoder();
+
+/** One message as an object, several as an array. */
+export function encodeTokens(messages: readonly TokenMessage[], encoding: WireEncoding): Uint8Array {
+  const value = messages.length === 1 ? messages[0] : messages;
+  return encoding === 'json' ? encoder.encode(JSON.stringify(value)) : packMessage(value);
+}
+
+/** @throws LaminaError `protocol_violation` */
+export function decodeTokens(bytes: Uint8Array): TokenMessage[] {
+  const first = bytes[0];
+  const value: unknown = first === 0x7b || first === 0x5b ? JSON.parse(decoder.decode(bytes)) : unpackMessage(bytes);
+  return parseMessage('token', answerSchema, value);
+}

@@ -1,0 +1,52 @@
+/**
+ * Owns metrics: one registry per process, answered over NATS, joined by a gateway.
+ *
+ * Invariants
+ * 1. Every series has the labels service and instance, so joining registries never mixes processes.
+ */
+import type { Bus, Subscription } from '@lamina/bus';
+import { packMessage, SUBJECTS, unpackMessage } from '@lamina/protocol';
+import {
+  AggregatorRegistry,
+  Counter,
+  Gauge,
+  Histogram,
+  type MetricObjectWithValues,
+  type MetricValue,
+  Registry,
+} from 'prom-client';
+
+export { Counter, Gauge, Histogram, Registry };
+
+export function createRegistry(service: string, instance: string): Registry {
+  const registry = new Registry();
+  registry.setDefaultLabels({ service, instance });
+  return registry;
+}
+
+/** Answers a gateway's scrape. */
+export function answerMetrics(bus: Bus, registry: Registry, onError: (cause: unknown) => void): Subscription {
+  return bus.subscribe(SUBJECTS.metrics, (message) => {
+    const { reply } = message;
+    if (reply === undefined) return;
+    registry.getMetricsAsJSON().then((metrics) => bus.publish(reply, packMessage(metrics)), onError);
+  });
+}
+
+function isMetrics(value: unknown): value is MetricObjectWithValues<MetricValue<string>>[] {
+  return (
+    Array.isArray(value) &&
+    value.every((metric) => typeof metric === 'object' && metric !== null && 'name' in metric && 'values' in metric)
+  );
+}
+
+/** Prometheus text of every instance that answers within `waitMs`. */
+export async function collectMetrics(bus: Bus, waitMs: number): Promise<string> {
+  const answers = (await bus.requestAll(SUBJECTS.metrics, waitMs)).map(unpackMessage).filter(isMetrics);
+  return AggregatorRegistry.aggregate(answers).metrics();
+}
+
+/** Buckets for durations in seconds, from 50 us to 10 s. */
+export const DURATION_BUCKETS_S = [
+  0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+];

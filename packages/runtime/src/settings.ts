@@ -1,0 +1,227 @@
+/**
+ * Owns the one table of settings: every flag, environment variable, default, bound and meaning.
+ * docs/configuration.md is checked against it.
+ *
+ * Invariants
+ * 1. No other file names a LAMINA_* variable, save the launcher scripts that run before anything is installed.
+ * 2. The flag of a setting is its variable without LAMINA_, in kebab case. Units stand in the names.
+ */
+import { cpus } from 'node:os';
+import { z } from 'zod';
+
+export const SERVICES = ['gateway', 'dense-executor', 'attention-shard', 'kv-manager'] as const;
+export type Service = (typeof SERVICES)[number];
+
+interface Setting<T> {
+  readonly env: `LAMINA_${string}`;
+  readonly fallback: string;
+  readonly schema: z.ZodType<T, string>;
+  readonly usedBy: readonly Service[];
+  readonly meaning: string;
+}
+
+const setting = <T>(entry: Setting<T>): Setting<T> => entry;
+
+const integer = (minimum: number, maximum: number): z.ZodType<number, string> =>
+  z
+    .string()
+    .regex(/^-?\d+$/, 'must be an integer')
+    .transform(Number)
+    .refine((value) => value >= minimum && value <= maximum, `must be from ${minimum} to ${maximum}`);
+
+const text = z.string().min(1, 'must not be empty');
+
+const UNITS: Readonly<Record<string, number>> = { '': 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3 };
+
+/** Bytes as 1048576, 512m or 2g. */
+const byteSize: z.ZodType<number, string> = z
+  .string()
+  .regex(/^\d+[kmg]?$/i, 'must be a number of bytes, or one with the suffix k, m or g')
+  .transform((value) => Number.parseInt(value, 10) * (UNITS[value.replace(/\d/g, '').toLowerCase()] ?? 1))
+  .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be more than 0');
+
+const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
+
+export const SETTINGS = {
+  natsUrl: setting({
+    env: 'LAMINA_NATS_URL',
+    fallback: 'nats://127.0.0.1:4222',
+    schema: text,
+    usedBy: SERVICES,
+    meaning: 'nats-server with JetStream; several servers separated by commas.',
+  }),
+  natsConnectTimeoutMs: setting({
+    env: 'LAMINA_NATS_CONNECT_TIMEOUT_MS',
+    fallback: '10000',
+    schema: integer(0, 600_000),
+    usedBy: SERVICES,
+    meaning: 'How long the first connection is tried for; later ones are tried for ever.',
+  }),
+  logLevel: setting({
+    env: 'LAMINA_LOG_LEVEL',
+    fallback: 'info',
+    schema: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'silent']),
+    usedBy: SERVICES,
+    meaning: 'Least severity that is logged (JSON lines on stderr).',
+  }),
+  requestTimeoutMs: setting({
+    env: 'LAMINA_REQUEST_TIMEOUT_MS',
+    fallback: '5000',
+    schema: integer(50, 600_000),
+    usedBy: SERVICES,
+    meaning: 'How long a control-plane request waits for its reply.',
+  }),
+  model: setting({
+    env: 'LAMINA_MODEL',
+    fallback: 'models/lamina-tiny',
+    schema: text,
+    usedBy: ['gateway', 'dense-executor'],
+    meaning: 'Directory of the model (config.json, model.safetensors, tokenizer.json).',
+  }),
+  cacheDir: setting({
+    env: 'LAMINA_CACHE_DIR',
+    fallback: '.lamina/cache',
+    schema: text,
+    usedBy: ['dense-executor'],
+    meaning: 'Directory for graphs that are built from checkpoints.',
+  }),
+  httpHost: setting({
+    env: 'LAMINA_HTTP_HOST',
+    fallback: '127.0.0.1',
+    schema: text,
+    usedBy: ['gateway'],
+    meaning: 'Address that the HTTP server listens on.',
+  }),
+  httpPort: setting({
+    env: 'LAMINA_HTTP_PORT',
+    fallback: '8080',
+    schema: integer(0, 65_535),
+    usedBy: ['gateway'],
+    meaning: 'Port of /health and /metrics; 0 takes any free one.',
+  }),
+  maxOpenRequests: setting({
+    env: 'LAMINA_MAX_OPEN_REQUESTS',
+    fallback: '4096',
+    schema: integer(1, 1_000_000),
+    usedBy: ['gateway'],
+    meaning: 'Prompts that one gateway relays at a time; more are refused as overloaded.',
+  }),
+  denseWorkers: setting({
+    env: 'LAMINA_DENSE_WORKERS',
+    fallback: HALF_THE_CORES,
+    schema: integer(1, 256),
+    usedBy: ['dense-executor'],
+    meaning: 'Worker threads, each with its own ONNX Runtime session and NATS connection. Default: half the cores.',
+  }),
+  wavesPerWorker: setting({
+    env: 'LAMINA_WAVES_PER_WORKER',
+    fallback: '2',
+    schema: integer(1, 16),
+    usedBy: ['dense-executor'],
+    meaning: 'Waves that one worker staggers: while one waits for its attention, another computes.',
+  }),
+  intraOpThreads: setting({
+    env: 'LAMINA_INTRA_OP_THREADS',
+    fallback: '1',
+    schema: integer(1, 256),
+    usedBy: ['dense-executor'],
+    meaning: 'Threads of one ONNX Runtime session.',
+  }),
+  maxBatchedTokens: setting({
+    env: 'LAMINA_MAX_BATCHED_TOKENS',
+    fallback: '512',
+    schema: integer(1, 65_536),
+    usedBy: ['dense-executor'],
+    meaning: 'Tokens of one step of one wave, decode and prefill together.',
+  }),
+  prefillChunkTokens: setting({
+    env: 'LAMINA_PREFILL_CHUNK_TOKENS',
+    fallback: '256',
+    schema: integer(1, 65_536),
+    usedBy: ['dense-executor'],
+    meaning: 'Prompt tokens of one request in one step.',
+  }),
+  maxRunningRequests: setting({
+    env: 'LAMINA_MAX_RUNNING_REQUESTS',
+    fallback: '64',
+    schema: integer(1, 65_536),
+    usedBy: ['dense-executor'],
+    meaning: 'Requests that one executor takes from the queue at a time.',
+  }),
+  gatherTimeoutMs: setting({
+    env: 'LAMINA_GATHER_TIMEOUT_MS',
+    fallback: '10000',
+    schema: integer(10, 600_000),
+    usedBy: ['dense-executor'],
+    meaning: 'How long one step waits for the attention of a layer before it is given up.',
+  }),
+  kvBudgetBytes: setting({
+    env: 'LAMINA_KV_BUDGET_BYTES',
+    fallback: '256m',
+    schema: byteSize,
+    usedBy: ['attention-shard'],
+    meaning: 'Memory for KV blocks; suffix k, m or g. Never exceeded.',
+  }),
+  attentionThreads: setting({
+    env: 'LAMINA_ATTENTION_THREADS',
+    fallback: HALF_THE_CORES,
+    schema: integer(1, 256),
+    usedBy: ['attention-shard'],
+    meaning: 'Threads of the attention kernel. Default: half the cores.',
+  }),
+  attentionKernel: setting({
+    env: 'LAMINA_ATTENTION_KERNEL',
+    fallback: 'auto',
+    schema: z.enum(['auto', 'native', 'portable']),
+    usedBy: ['attention-shard'],
+    meaning: '`auto` takes the native kernel if it was built, else the portable one.',
+  }),
+  blockSizeTokens: setting({
+    env: 'LAMINA_BLOCK_SIZE_TOKENS',
+    fallback: '16',
+    schema: integer(8, 1024).refine((value) => value % 8 === 0, 'must be a multiple of 8'),
+    usedBy: ['kv-manager'],
+    meaning: 'Tokens of one KV block.',
+  }),
+  kvDtype: setting({
+    env: 'LAMINA_KV_DTYPE',
+    fallback: 'f16',
+    schema: z.enum(['f16', 'f32']),
+    usedBy: ['kv-manager'],
+    meaning: 'How K and V are stored.',
+  }),
+  spreadAboveTokens: setting({
+    env: 'LAMINA_SPREAD_ABOVE_TOKENS',
+    fallback: '128',
+    schema: integer(0, 1_000_000_000),
+    usedBy: ['kv-manager'],
+    meaning: 'The first tokens of a request stay together on one shard; blocks beyond them spread over all shards.',
+  }),
+  heartbeatIntervalMs: setting({
+    env: 'LAMINA_HEARTBEAT_INTERVAL_MS',
+    fallback: '1000',
+    schema: integer(20, 60_000),
+    usedBy: ['kv-manager'],
+    meaning: 'How often shards and executors report to the kv-manager.',
+  }),
+  heartbeatTimeoutMs: setting({
+    env: 'LAMINA_HEARTBEAT_TIMEOUT_MS',
+    fallback: '4000',
+    schema: integer(50, 600_000),
+    usedBy: ['kv-manager'],
+    meaning: 'Silence after which a shard or an executor counts as lost.',
+  }),
+} as const;
+
+export type SettingName = keyof typeof SETTINGS;
+export type Config = { readonly [Name in SettingName]: (typeof SETTINGS)[Name] extends Setting<infer T> ? T : never };
+
+/** Variables that belong to the launcher, not to a service. */
+export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = {
+  LAMINA_NATS_SERVER: 'Path of the nats-server binary that `npm run demo` and `npm start` use.',
+};
+
+/** --kv-budget-bytes for LAMINA_KV_BUDGET_BYTES. */
+export function flagOf(name: SettingName): string {
+  return SETTINGS[name].env.slice('LAMINA_'.length).toLowerCase().replaceAll('_', '-');
+}
