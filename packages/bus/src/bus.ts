@@ -12,10 +12,12 @@ import {
   errorBodySchema,
   packMessage,
   parseMessage,
+  SUBJECTS,
   unpackMessage,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import {
+  createInbox,
   headers,
   type Msg,
   type NatsConnection,
@@ -26,7 +28,11 @@ import {
 } from 'nats';
 import { type BusOptions, connectToNats } from './connection.ts';
 
-/** One received message. `data` is a view of the connection's buffer at any byte alignment, valid only during the call. */
+/**
+ * One received message. `data` is a view at any byte alignment. nats.js never writes to a received chunk again (Node
+ * reads each into new memory, a message split over chunks is copied out), so the view stays unchanged while it is held;
+ * it keeps its whole chunk alive.
+ */
 export interface BusMessage {
   readonly subject: string;
   readonly data: Uint8Array;
@@ -49,18 +55,45 @@ export interface ServiceDescription {
   readonly stats: () => unknown;
 }
 
+/** One instance's answer to $SRV.STATS. */
+export interface InstanceStats {
+  readonly id: string;
+  readonly metadata: Readonly<Record<string, string>>;
+  /** What its `stats` returned; unknown until a schema has accepted it. */
+  readonly data: unknown;
+}
+
 export interface BusEvents {
   /** A handler failed or a message was malformed: for the log and the error counter. */
   readonly onError: (error: LaminaError, subject: string) => void;
 }
 
-function toBusMessage(message: Msg): BusMessage {
-  return {
-    subject: message.subject,
-    data: message.data,
-    reply: message.reply === '' ? undefined : message.reply,
-    header: (name) => message.headers?.get(name) || undefined,
-  };
+/** Status of the server's answer to a request on a subject without listeners. */
+const NO_RESPONDERS_STATUS = 503;
+
+/** Fields are decoded when they are read: the tensor plane reads `data` only, once per layer. */
+class LazyMessage implements BusMessage {
+  readonly #message: Msg;
+
+  constructor(message: Msg) {
+    this.#message = message;
+  }
+
+  get subject(): string {
+    return this.#message.subject;
+  }
+
+  get data(): Uint8Array {
+    return this.#message.data;
+  }
+
+  get reply(): string | undefined {
+    return this.#message.reply || undefined;
+  }
+
+  header(name: string): string | undefined {
+    return this.#message.headers?.get(name) || undefined;
+  }
 }
 
 export class Bus {
@@ -143,6 +176,13 @@ export class Bus {
       metadata: description.metadata,
       statsHandler: () => Promise.resolve(description.stats()),
     });
+    // $SRV.STATS carries `data` per endpoint only, so a service that serves nothing else needs one to be seen.
+    this.#service.addEndpoint('status', {
+      subject: SUBJECTS.status(this.instanceId),
+      handler: (error, message) => {
+        if (error === null) message.respond(packMessage(description.stats()));
+      },
+    });
   }
 
   /** The id under which this process answers $SRV.PING. */
@@ -182,6 +222,11 @@ export class Bus {
     }
   }
 
+  /** Stops taking requests: every endpoint and $SRV answer ends, the connection and other subscriptions stay. */
+  async withdraw(): Promise<void> {
+    await this.#service?.stop();
+  }
+
   /** Adds an endpoint that takes raw messages, in the queue group of the service. */
   serveRaw(name: string, subject: string, queue: string, handler: (message: BusMessage) => void): void {
     if (this.#service === undefined)
@@ -189,7 +234,7 @@ export class Bus {
     this.#service.addEndpoint(name, {
       subject,
       queue,
-      handler: (error, message) => error ?? this.#guard(subject, () => handler(toBusMessage(message))),
+      handler: (error, message) => error ?? this.#guard(subject, () => handler(new LazyMessage(message))),
     });
   }
 
@@ -227,9 +272,45 @@ export class Bus {
             new LaminaError('unavailable', `subscription ${subject} failed: ${error.message}`, { cause: error }),
             subject,
           );
-        else this.#guard(subject, () => callback(toBusMessage(message)));
+        else this.#guard(subject, () => callback(new LazyMessage(message)));
       },
     });
+  }
+
+  /**
+   * Publishes a request and calls back with each reply, in order, until unsubscribed.
+   * Calls back with undefined when nobody listens on the subject.
+   */
+  requestStream(subject: string, data: Uint8Array, onReply: (reply: BusMessage | undefined) => void): Subscription {
+    const inbox = createInbox();
+    const subscription = this.#connection.subscribe(inbox, {
+      callback: (error, message) => {
+        if (error) return;
+        const isNoResponders = message.data.length === 0 && message.headers?.code === NO_RESPONDERS_STATUS;
+        this.#guard(subject, () => onReply(isNoResponders ? undefined : new LazyMessage(message)));
+      },
+    });
+    this.#connection.publish(subject, data, { reply: inbox });
+    return subscription;
+  }
+
+  /** What every instance of a service says about itself ($SRV.STATS) within `waitMs`. */
+  async serviceStats(name: string, waitMs: number): Promise<InstanceStats[]> {
+    const client = this.#connection.services.client({
+      strategy: RequestStrategy.JitterTimer,
+      jitter: waitMs / 2,
+      maxWait: waitMs,
+    });
+    const instances: InstanceStats[] = [];
+    try {
+      for await (const { id, metadata, endpoints } of await client.stats(name)) {
+        const data: unknown = endpoints?.find((endpoint) => endpoint.data !== undefined)?.data;
+        instances.push({ id, metadata: metadata ?? {}, data });
+      }
+    } catch (cause) {
+      if (!(cause instanceof NatsError)) throw cause;
+    }
+    return instances;
   }
 
   #guard(subject: string, run: () => void): void {

@@ -1,5 +1,12 @@
 /** NATS: the only package that imports the client library. */
-export { Bus, type BusEvents, type BusMessage, type ServiceDescription, type Subscription } from './bus.ts';
+export {
+  Bus,
+  type BusEvents,
+  type BusMessage,
+  type InstanceStats,
+  type ServiceDescription,
+  type Subscription,
+} from './bus.ts';
 export { type BusOptions, redactUrl } from './connection.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';
 export { TokenStream } from './token-stream.ts';

@@ -5,10 +5,12 @@
  * 1. A message's Nats-Msg-Id is `<id>.<index of its first token>`: publishing it twice stores it once.
  * 2. Publishing never waits for the server; an answer that the server did not store is reported.
  */
-import { encodeTokens, FINAL_HEADER, SUBJECTS, type TokenMessage, type WireEncoding } from '@lamina/protocol';
-import { asLaminaError, type LaminaError } from '@lamina/tensor';
-import { consumerOpts, headers, type JetStreamClient } from 'nats';
+import { encodeTokens, FINAL_HEADER, STREAMS, SUBJECTS, type TokenMessage, type WireEncoding } from '@lamina/protocol';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { consumerOpts, headers, type JetStreamClient, NatsError } from 'nats';
 import type { Bus, BusMessage, Subscription } from './bus.ts';
+
+const NO_MESSAGE_ERROR_CODE = 10037;
 
 export class TokenStream {
   readonly #bus: Bus;
@@ -47,6 +49,18 @@ export class TokenStream {
       return false;
     } finally {
       this.#unacknowledged--;
+    }
+  }
+
+  /** True while an answer with this id is kept, complete or not. */
+  async has(requestId: string): Promise<boolean> {
+    const manager = await this.#bus.connection.jetstreamManager();
+    try {
+      await manager.streams.getMessage(STREAMS.tokens.name, { last_by_subj: SUBJECTS.tokens(requestId) });
+      return true;
+    } catch (cause) {
+      if (cause instanceof NatsError && cause.api_error?.err_code === NO_MESSAGE_ERROR_CODE) return false;
+      throw new LaminaError('unavailable', 'the stream of answers cannot be read; is JetStream up?', { cause });
     }
   }
 

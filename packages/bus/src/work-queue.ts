@@ -3,7 +3,8 @@
  *
  * Invariants
  * 1. An item stays in the stream until its lease is completed; a lease that is neither renewed nor completed is offered again.
- * 2. An item that cannot be decoded is removed at once: it would fail everywhere.
+ * 2. An id that is in the queue is not taken again, however long it has waited there.
+ * 3. An item that cannot be decoded is removed at once: it would fail everywhere.
  */
 import {
   packMessage,
@@ -33,6 +34,11 @@ export interface WorkLease {
 
 const SUBMIT_TIMEOUT_MS = 5_000;
 const STREAM_FULL_ERROR_CODE = 10077;
+const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
+
+function duplicateId(id: string, cause?: unknown): LaminaError {
+  return new LaminaError('duplicate_id', `the id "${id}" was used a short time ago; choose another`, { cause });
+}
 
 export class WorkQueue {
   readonly #bus: Bus;
@@ -54,13 +60,15 @@ export class WorkQueue {
       const ack = await this.#jetstream.publish(SUBJECTS.work(item.id), packMessage(item), {
         msgID: item.id,
         timeout: SUBMIT_TIMEOUT_MS,
+        expect: { lastSubjectSequence: 0 },
       });
-      if (ack.duplicate)
-        throw new LaminaError('duplicate_id', `the id "${item.id}" was used a short time ago; choose another`);
+      if (ack.duplicate) throw duplicateId(item.id);
       return ack.seq;
     } catch (cause) {
       if (cause instanceof LaminaError) throw cause;
-      if (cause instanceof NatsError && cause.api_error?.err_code === STREAM_FULL_ERROR_CODE) {
+      const errorCode = cause instanceof NatsError ? cause.api_error?.err_code : undefined;
+      if (errorCode === WRONG_LAST_SEQUENCE_ERROR_CODE) throw duplicateId(item.id, cause);
+      if (errorCode === STREAM_FULL_ERROR_CODE) {
         throw new LaminaError('overloaded', 'the work queue is full; retry later', { cause });
       }
       throw new LaminaError('unavailable', 'the work queue does not take the prompt; is JetStream up?', { cause });

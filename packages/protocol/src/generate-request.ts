@@ -113,6 +113,16 @@ export function encodingOf(body: Uint8Array): WireEncoding {
   return body.length > 0 && looksLikeMsgpackMap(body[0]!) && unpackMap(body) !== undefined ? 'msgpack' : 'json';
 }
 
+/** The id in a body that is otherwise bad, so that its error can carry it. */
+export function requestIdOf(body: Uint8Array): string | undefined {
+  try {
+    const { value } = decodeBody(body);
+    return isMap(value) ? idSchema.safeParse(value.id).data : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** @throws LaminaError `invalid_request` that lists every bad field. */
 export function parseGenerateBody(body: Uint8Array): ParsedGenerateBody {
   const { encoding, value } = decodeBody(body);

@@ -7,9 +7,17 @@ export {
   generateRequestSchema,
   type ParsedGenerateBody,
   parseGenerateBody,
+  requestIdOf,
   type WireEncoding,
 } from './generate-request.ts';
-export type { BlockRef, KvStatus, ShardHeartbeatReply } from './kv-messages.ts';
+export type {
+  BlockRef,
+  ExecutorHeartbeat,
+  ExecutorHeartbeatReply,
+  KvStatus,
+  ShardHeartbeat,
+  ShardHeartbeatReply,
+} from './kv-messages.ts';
 export { LIMITS } from './limits.ts';
 export { describeIssues, type ErrorBody, errorBodySchema, idSchema, parseMessage } from './schema.ts';
 export * from './step-plan.ts';

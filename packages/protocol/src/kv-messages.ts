@@ -3,7 +3,10 @@
  *
  * Invariants
  * 1. `managerEpoch` changes when a kv-manager starts: block tables of another epoch are void.
- * 2. A shard that restarts takes a new shardId, so a block reference can never reach memory that forgot it.
+ * 2. A shard that restarts, or that the kv-manager no longer knows, takes a new shardId, so a block reference can never
+ *    reach memory that was given to somebody else since.
+ * 3. Blocks are given to another request only when their owner has said that it stopped using them (free, or allocate
+ *    of the same id), or is dead. Until then a table that is of no use any more is `void` and keeps its blocks.
  */
 import { z } from 'zod';
 import { attentionSpecSchema, idSchema, kvLayoutSchema } from './schema.ts';
@@ -17,7 +20,14 @@ export const executorHeartbeatReplySchema = z.object({
   managerEpoch: z.string(),
   layout: kvLayoutSchema,
   heartbeatIntervalMs: z.int().min(1),
+  /** false when this heartbeat registered the executor: whatever tables it had before are gone, it must drop them. */
+  known: z.boolean(),
+  /** Requests of this executor whose table is void (a shard of it was lost, or another executor took the request over). */
+  voidRequestIds: z.array(idSchema),
 });
+
+export type ExecutorHeartbeat = z.infer<typeof executorHeartbeatSchema>;
+export type ExecutorHeartbeatReply = z.infer<typeof executorHeartbeatReplySchema>;
 
 export const shardHeartbeatSchema = z.object({
   shardId: idSchema,
@@ -32,7 +42,12 @@ export const shardHeartbeatReplySchema = z.object({
   /** null until the first executor has registered a model. */
   layout: kvLayoutSchema.nullable(),
   heartbeatIntervalMs: z.int().min(1),
+  /** false when a shard with memory is not registered (the kv-manager restarted, lost it, or dropped the layout): it must come again under a new shardId. */
+  known: z.boolean(),
+  usedBlocks: z.int().min(0),
+  usedBlocksPeak: z.int().min(0),
 });
+export type ShardHeartbeat = z.infer<typeof shardHeartbeatSchema>;
 export type ShardHeartbeatReply = z.infer<typeof shardHeartbeatReplySchema>;
 
 /** One entry of a block table; its index there says which tokens it holds. */
@@ -63,6 +78,7 @@ export const shardStatusSchema = z.object({
   budgetBytes: z.int(),
   numBlocks: z.int(),
   usedBlocks: z.int(),
+  usedBlocksPeak: z.int(),
 });
 export const kvStatusSchema = z.object({
   managerEpoch: z.string(),

@@ -8,7 +8,7 @@
  * 2. A shard keeps no table between steps: the plan lists every block it is to read.
  */
 import { LaminaError } from '@lamina/tensor';
-import { FRAME_HEADER_BYTES, FRAME_KIND, type FrameHeader, writeFrameHeader } from './frame.ts';
+import { FRAME_HEADER_BYTES } from './frame.ts';
 import { LIMITS } from './limits.ts';
 
 /** queryRowStart, numQueries, firstPosition, blockStart, numBlocks. */
@@ -29,7 +29,12 @@ export interface StepPlan {
 }
 
 /** Bytes of q, k and v of one layer: [numQueryRows, numHeads, headDim], then k and v [numKvRows, numKvHeads, headDim], float32. */
-export function attendBytes(plan: StepPlan, numHeads: number, numKvHeads: number, headDim: number): number {
+export function attendBytes(
+  plan: { readonly numQueryRows: number; readonly numKvRows: number },
+  numHeads: number,
+  numKvHeads: number,
+  headDim: number,
+): number {
   return 4 * headDim * (plan.numQueryRows * numHeads + 2 * plan.numKvRows * numKvHeads);
 }
 
@@ -38,8 +43,8 @@ export function partialBytes(numQueryRows: number, numHeads: number, headDim: nu
   return 4 * numQueryRows * numHeads * (headDim + 1);
 }
 
-/** One message, header included. `header.bodyBytes` is set. */
-export function encodeStepPlan(plan: StepPlan, header: FrameHeader): Uint8Array {
+/** One message with room for the header in front; whoever sends it writes that. */
+export function encodeStepPlan(plan: StepPlan): Uint8Array<ArrayBuffer> {
   const numInts = COUNTS + plan.segments.length + plan.blocks.length + plan.kvSlots.length;
   const message = new Uint8Array(FRAME_HEADER_BYTES + numInts * 4);
   const ints = new Int32Array(message.buffer, FRAME_HEADER_BYTES, numInts);
@@ -50,11 +55,6 @@ export function encodeStepPlan(plan: StepPlan, header: FrameHeader): Uint8Array 
   ints.set(plan.segments, COUNTS);
   ints.set(plan.blocks, COUNTS + plan.segments.length);
   ints.set(plan.kvSlots, COUNTS + plan.segments.length + plan.blocks.length);
-  header.kind = FRAME_KIND.plan;
-  header.layer = 0;
-  header.partOffset = 0;
-  header.bodyBytes = numInts * 4;
-  writeFrameHeader(message, header);
   return message;
 }
 

@@ -136,6 +136,8 @@ export const SUBJECTS = {
   generate: `${ROOT}.generate`,
   /** Scraped by a gateway: every instance answers with its metrics as JSON. */
   metrics: `${ROOT}.metrics`,
+  /** Stats of one instance, as in $SRV.STATS, msgpack. */
+  status: (instanceId: string): string => `${ROOT}.status.${instanceId}`,
   cancelAll: `${ROOT}.cancel.*`,
   cancel: (requestId: string): string => `${ROOT}.cancel.${requestId}`,
   tokens: (requestId: string): string => `${ROOT}.tokens.${requestId}`,
@@ -194,6 +196,13 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
     from: 'gateway',
     to: 'every service',
     meaning: 'Metrics of one instance as JSON; the gateway joins them in /metrics.',
+  },
+  {
+    subject: SUBJECTS.status('<$SRV id>'),
+    kind: 'request',
+    from: 'anyone',
+    to: 'every service',
+    meaning: 'What one instance says about itself: the `data` of its answer to $SRV.STATS, as msgpack.',
   },
   {
     subject: SUBJECTS.shardTensors('<shardId>'),

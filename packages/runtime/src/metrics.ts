@@ -4,7 +4,7 @@
  * Invariants
  * 1. Every series has the labels service and instance, so joining registries never mixes processes.
  */
-import type { Bus, Subscription } from '@lamina/bus';
+import type { Bus } from '@lamina/bus';
 import { packMessage, SUBJECTS, unpackMessage } from '@lamina/protocol';
 import {
   AggregatorRegistry,
@@ -24,9 +24,12 @@ export function createRegistry(service: string, instance: string): Registry {
   return registry;
 }
 
-/** Answers a gateway's scrape. */
-export function answerMetrics(bus: Bus, registry: Registry, onError: (cause: unknown) => void): Subscription {
-  return bus.subscribe(SUBJECTS.metrics, (message) => {
+/**
+ * Answers a gateway's scrape. An endpoint of the announced service, alone in its queue group so that every instance
+ * answers: $SRV.STATS carries the service's own facts per endpoint, and some services have no other.
+ */
+export function answerMetrics(bus: Bus, registry: Registry, onError: (cause: unknown) => void): void {
+  bus.serveRaw('metrics', SUBJECTS.metrics, bus.instanceId, (message) => {
     const { reply } = message;
     if (reply === undefined) return;
     registry.getMetricsAsJSON().then((metrics) => bus.publish(reply, packMessage(metrics)), onError);

@@ -1,0 +1,126 @@
+/**
+ * Owns what the executor asks the kv-manager: heartbeats, block tables, and the events it hears.
+ *
+ * Invariants
+ * 1. The kv-manager is asked at admission and ahead of block boundaries, never inside a layer.
+ * 2. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
+ */
+import type { Bus } from '@lamina/bus';
+import { type BlockRef, ENDPOINTS, EVENTS } from '@lamina/protocol';
+import type { Logger } from '@lamina/runtime';
+import { type AttentionSpec, asLaminaError, type KvLayout } from '@lamina/tensor';
+
+export interface KvEvents {
+  /** Every block table is void: the kv-manager is a new one, or stores KV otherwise. */
+  onTablesVoid(layout: KvLayout): void;
+  onShardLost(shardId: string): void;
+  onCapacityFreed(): void;
+}
+
+export interface KvClientOptions {
+  readonly bus: Bus;
+  readonly executorId: string;
+  readonly modelId: string;
+  readonly spec: AttentionSpec;
+  readonly requestTimeoutMs: number;
+  readonly log: Logger;
+  /** The kv-manager refuses this executor for good. */
+  readonly fail: (cause: unknown) => void;
+}
+
+const RETRY_INTERVAL_MS = 500;
+
+export class KvClient {
+  readonly #options: KvClientOptions;
+  readonly #events: KvEvents;
+  #managerEpoch: string | undefined;
+  #layout: KvLayout | undefined;
+  #timer: NodeJS.Timeout | undefined;
+  #isStopped = false;
+  #isManagerSilent = false;
+
+  constructor(options: KvClientOptions, events: KvEvents) {
+    this.#options = options;
+    this.#events = events;
+    options.bus.onEvent(EVENTS.shardLost, ({ shardId }) => events.onShardLost(shardId));
+    options.bus.onEvent(EVENTS.capacityFreed, () => events.onCapacityFreed());
+  }
+
+  /** Registers, waiting for a kv-manager as long as it takes. */
+  async register(): Promise<KvLayout> {
+    for (;;) {
+      await this.#heartbeat();
+      if (this.#layout !== undefined) return this.#layout;
+      await new Promise((resolve) => setTimeout(resolve, RETRY_INTERVAL_MS));
+    }
+  }
+
+  async #heartbeat(): Promise<void> {
+    const { bus, executorId, modelId, spec, requestTimeoutMs, log, fail } = this.#options;
+    let intervalMs = RETRY_INTERVAL_MS;
+    try {
+      const reply = await bus.request(
+        ENDPOINTS.executorHeartbeat,
+        { executorId, modelId, spec },
+        { timeoutMs: requestTimeoutMs },
+      );
+      intervalMs = reply.heartbeatIntervalMs;
+      if (this.#isManagerSilent) log.info('the kv-manager answers again');
+      this.#isManagerSilent = false;
+      const isChanged =
+        this.#managerEpoch !== undefined &&
+        (this.#managerEpoch !== reply.managerEpoch || !sameLayout(this.#layout, reply.layout));
+      this.#managerEpoch = reply.managerEpoch;
+      this.#layout = reply.layout;
+      if (isChanged) this.#events.onTablesVoid(reply.layout);
+    } catch (cause) {
+      const error = asLaminaError(cause);
+      if (error.code === 'invalid_request') fail(error);
+      if (!this.#isManagerSilent && !this.#isStopped) log.warn({ err: error }, 'no kv-manager answers; trying on');
+      this.#isManagerSilent = true;
+    }
+    clearTimeout(this.#timer);
+    if (!this.#isStopped) this.#timer = setTimeout(() => void this.#heartbeat(), intervalMs);
+  }
+
+  /** @throws LaminaError `kv_capacity_exceeded`, `overloaded`, `unavailable` */
+  async allocate(requestId: string, numTokens: number, maxTokens: number): Promise<BlockRef[]> {
+    const { bus, executorId, requestTimeoutMs } = this.#options;
+    const reply = await bus.request(
+      ENDPOINTS.allocate,
+      { requestId, executorId, numTokens, maxTokens },
+      { timeoutMs: requestTimeoutMs },
+    );
+    return reply.blocks;
+  }
+
+  /** @throws LaminaError `overloaded`, `unavailable`, `invalid_request` when the table is gone. */
+  async extend(requestId: string, numTokens: number): Promise<BlockRef[]> {
+    const { bus, executorId, requestTimeoutMs } = this.#options;
+    const reply = await bus.request(
+      ENDPOINTS.extend,
+      { requestId, executorId, numTokens },
+      { timeoutMs: requestTimeoutMs },
+    );
+    return reply.blocks;
+  }
+
+  /** Frees a table. A call that is lost is made good by the kv-manager when the executor goes. */
+  async free(requestId: string): Promise<void> {
+    const { bus, executorId, requestTimeoutMs, log } = this.#options;
+    try {
+      await bus.request(ENDPOINTS.free, { requestId, executorId }, { timeoutMs: requestTimeoutMs });
+    } catch (cause) {
+      log.warn({ err: asLaminaError(cause), requestId }, 'the kv-manager did not confirm a free');
+    }
+  }
+
+  stop(): void {
+    this.#isStopped = true;
+    clearTimeout(this.#timer);
+  }
+}
+
+function sameLayout(a: KvLayout | undefined, b: KvLayout): boolean {
+  return a !== undefined && JSON.stringify(a) === JSON.stringify(b);
+}

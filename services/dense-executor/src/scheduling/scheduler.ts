@@ -1,0 +1,105 @@
+/**
+ * Owns continuous batching: which requests belong to which wave, and which of their tokens run in its next step.
+ *
+ * Invariants
+ * 1. A request belongs to one wave at a time and changes it only between steps (the paper's section 4.3 with n = 2:
+ *    waves share nothing, so moving one needs no migration of context).
+ * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left.
+ * 3. A request left out for lack of budget goes first in the next step.
+ * 4. No token is scheduled that has no room in its request's block table.
+ */
+import type { GenerationRequest } from '../request/request.ts';
+
+export interface SchedulerLimits {
+  readonly maxBatchedTokens: number;
+  readonly prefillChunkTokens: number;
+}
+
+/** Tokens [start, start + numTokens) of one request in one step. */
+export interface StepEntry {
+  readonly request: GenerationRequest;
+  readonly start: number;
+  readonly numTokens: number;
+  readonly kvGeneration: number;
+}
+
+const byUrgency = (a: GenerationRequest, b: GenerationRequest): number =>
+  b.item.priority - a.item.priority || a.arrival - b.arrival;
+
+export class Scheduler {
+  readonly #limits: SchedulerLimits;
+  readonly #waves: GenerationRequest[][];
+  blockSizeTokens = 1;
+
+  constructor(limits: SchedulerLimits, numWaves: number) {
+    this.#limits = limits;
+    this.#waves = Array.from({ length: numWaves }, () => []);
+  }
+
+  get numWaves(): number {
+    return this.#waves.length;
+  }
+
+  /** Puts a request into the wave with the fewest. */
+  add(request: GenerationRequest): void {
+    let fewest = 0;
+    for (let wave = 1; wave < this.#waves.length; wave++) {
+      if (this.#waves[wave]!.length < this.#waves[fewest]!.length) fewest = wave;
+    }
+    request.waveIndex = fewest;
+    this.#waves[fewest]!.push(request);
+  }
+
+  remove(request: GenerationRequest): void {
+    if (request.waveIndex < 0) return;
+    const wave = this.#waves[request.waveIndex]!;
+    const at = wave.indexOf(request);
+    if (at >= 0) wave.splice(at, 1);
+    request.waveIndex = -1;
+  }
+
+  /** Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`. */
+  #rebalance(waveIndex: number): void {
+    const target = this.#waves[waveIndex]!;
+    for (;;) {
+      let fullest = target;
+      for (const wave of this.#waves) if (wave.length > fullest.length) fullest = wave;
+      if (fullest.length - target.length < 2) return;
+      const at = fullest.findLastIndex((request) => !request.isInStep);
+      if (at < 0) return;
+      const [request] = fullest.splice(at, 1);
+      request!.waveIndex = waveIndex;
+      target.push(request!);
+    }
+  }
+
+  /** The next step of an idle wave; empty when it has nothing to run. */
+  formStep(waveIndex: number): StepEntry[] {
+    this.#rebalance(waveIndex);
+    const wave = this.#waves[waveIndex]!;
+    const entries: StepEntry[] = [];
+    let budget = this.#limits.maxBatchedTokens;
+    const ordered = wave.some((request) => request.item.priority !== 0) ? [...wave].sort(byUrgency) : wave;
+    for (const request of ordered) {
+      if (budget > 0 && request.phase === 'decode') budget -= this.#take(request, 1, entries);
+    }
+    for (const request of ordered) {
+      if (budget > 0 && request.phase === 'prefill')
+        budget -= this.#take(request, Math.min(budget, this.#limits.prefillChunkTokens), entries);
+    }
+    if (entries.length < wave.length) {
+      const scheduled = new Set(entries.map((entry) => entry.request));
+      wave.sort((a, b) => Number(scheduled.has(a)) - Number(scheduled.has(b)));
+    }
+    return entries;
+  }
+
+  #take(request: GenerationRequest, limit: number, entries: StepEntry[]): number {
+    if (!request.isRunnable) return 0;
+    const room = request.blockTable.length * this.blockSizeTokens - request.numComputed;
+    const numTokens = Math.min(limit, request.tokens.length - request.numComputed, room);
+    if (numTokens <= 0) return 0;
+    entries.push({ request, start: request.numComputed, numTokens, kvGeneration: request.kvGeneration });
+    return numTokens;
+  }
+}

@@ -1,0 +1,144 @@
+/**
+ * Owns the ONNX Runtime session of the staged graph: all dense stages behind one `stage` input (design: one session,
+ * a binary tree of If nodes, since one session per stage costs its own thread pool and memory each).
+ *
+ * Invariants
+ * 1. Tensors that a stage does not read are fed as empty constants, made once.
+ * 2. enableMemPattern is off: with varying shapes it grows native memory without bound.
+ */
+import { STAGED_INPUTS, STAGED_OUTPUTS } from '@lamina/model';
+import { LaminaError } from '@lamina/tensor';
+import { InferenceSession, Tensor } from 'onnxruntime-node';
+import type { ModelDims } from './messages.ts';
+
+/** Outputs of stages 0 .. numLayers - 1, float32, row-major; valid until the next run of any stage. */
+export interface LayerOutputs {
+  /** [numTokens, hiddenSize] residual stream. */
+  readonly hidden: Tensor;
+  /** [numTokens, numHeads * headDim] after RoPE. */
+  readonly query: Float32Array;
+  /** [numTokens, numKvHeads * headDim] after RoPE. */
+  readonly key: Float32Array;
+  /** [numTokens, numKvHeads * headDim] */
+  readonly value: Float32Array;
+}
+
+const scalar = (value: number): Tensor => new Tensor('int64', BigInt64Array.of(BigInt(value)), []);
+
+export class DenseSession {
+  readonly #session: InferenceSession;
+  readonly #dims: ModelDims;
+  readonly #stages: readonly Tensor[];
+  readonly #noTokens = new Tensor('int64', new BigInt64Array(0), [1, 0]);
+  readonly #noRows = new Tensor('int64', new BigInt64Array(0), [0]);
+  readonly #noHidden: Tensor;
+  readonly #noAttention: Tensor;
+
+  private constructor(session: InferenceSession, dims: ModelDims) {
+    this.#session = session;
+    this.#dims = dims;
+    this.#stages = Array.from({ length: dims.numLayers + 1 }, (_, stage) => scalar(stage));
+    this.#noHidden = new Tensor('float32', new Float32Array(0), [1, 0, dims.hiddenSize]);
+    this.#noAttention = new Tensor('float32', new Float32Array(0), [1, 0, dims.numHeads * dims.headDim]);
+  }
+
+  /** @throws LaminaError `model_invalid` when ONNX Runtime refuses the graph. */
+  static async load(graphPath: string, dims: ModelDims, intraOpThreads: number): Promise<DenseSession> {
+    try {
+      const session = await InferenceSession.create(graphPath, {
+        executionProviders: ['cpu'],
+        intraOpNumThreads: intraOpThreads,
+        interOpNumThreads: 1,
+        enableMemPattern: false,
+        graphOptimizationLevel: 'all',
+        extra: { session: { intra_op: { allow_spinning: '0' } } },
+      });
+      return new DenseSession(session, dims);
+    } catch (cause) {
+      const reason = cause instanceof Error ? cause.message : String(cause);
+      throw new LaminaError(
+        'model_invalid',
+        `ONNX Runtime does not load ${graphPath}: ${reason}; delete it to have it built again`,
+        { cause },
+      );
+    }
+  }
+
+  /** Stage 0: embedding and the first layer's QKV. */
+  async embed(tokenIds: Tensor, positionIds: Tensor): Promise<LayerOutputs> {
+    return this.#runLayer(0, tokenIds, positionIds, this.#noHidden, this.#noAttention);
+  }
+
+  /**
+   * Stage `layer`, 1 .. numLayers - 1: output projection and MLP of the layer before, QKV of this one.
+   * @param attention [1, numTokens, numHeads * headDim] gathered attention of the layer before.
+   */
+  async layer(layer: number, positionIds: Tensor, hidden: Tensor, attention: Tensor): Promise<LayerOutputs> {
+    return this.#runLayer(layer, this.#noTokens, positionIds, hidden, attention);
+  }
+
+  async #runLayer(
+    stage: number,
+    tokenIds: Tensor,
+    positionIds: Tensor,
+    hidden: Tensor,
+    attention: Tensor,
+  ): Promise<LayerOutputs> {
+    const outputs = await this.#session.run(
+      {
+        [STAGED_INPUTS.stage.name]: this.#stages[stage]!,
+        [STAGED_INPUTS.tokenIds.name]: tokenIds,
+        [STAGED_INPUTS.positionIds.name]: positionIds,
+        [STAGED_INPUTS.hidden.name]: hidden,
+        [STAGED_INPUTS.attention.name]: attention,
+        [STAGED_INPUTS.logitRows.name]: this.#noRows,
+      },
+      LAYER_FETCHES,
+    );
+    return {
+      hidden: outputs[STAGED_OUTPUTS.hiddenOut.name]!,
+      query: floats(outputs[STAGED_OUTPUTS.query.name]),
+      key: floats(outputs[STAGED_OUTPUTS.key.name]),
+      value: floats(outputs[STAGED_OUTPUTS.value.name]),
+    };
+  }
+
+  /**
+   * Last stage: output projection and MLP of the last layer, final norm and LM head, of the wanted rows only.
+   * @param attention [1, numTokens, numHeads * headDim] gathered attention of the last layer.
+   * @param rows [numRows] int64: rows of the wave.
+   * @returns [numRows, vocabSize] float32
+   */
+  async logits(hidden: Tensor, attention: Tensor, rows: Tensor): Promise<Float32Array> {
+    const outputs = await this.#session.run(
+      {
+        [STAGED_INPUTS.stage.name]: this.#stages[this.#dims.numLayers]!,
+        [STAGED_INPUTS.tokenIds.name]: this.#noTokens,
+        [STAGED_INPUTS.positionIds.name]: this.#noTokens,
+        [STAGED_INPUTS.hidden.name]: hidden,
+        [STAGED_INPUTS.attention.name]: attention,
+        [STAGED_INPUTS.logitRows.name]: rows,
+      },
+      LOGIT_FETCHES,
+    );
+    return floats(outputs[STAGED_OUTPUTS.logits.name]);
+  }
+
+  async release(): Promise<void> {
+    await this.#session.release();
+  }
+}
+
+const LAYER_FETCHES = [
+  STAGED_OUTPUTS.hiddenOut.name,
+  STAGED_OUTPUTS.query.name,
+  STAGED_OUTPUTS.key.name,
+  STAGED_OUTPUTS.value.name,
+];
+const LOGIT_FETCHES = [STAGED_OUTPUTS.logits.name];
+
+function floats(tensor: Tensor | undefined): Float32Array {
+  const data = tensor?.data;
+  if (data instanceof Float32Array) return data;
+  throw new LaminaError('internal', 'the staged graph gave no float32 output');
+}

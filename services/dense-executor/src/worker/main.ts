@@ -1,0 +1,109 @@
+/**
+ * Owns a worker thread: its ONNX Runtime session, its own NATS connection, its waves and the watch over them.
+ *
+ * Invariants
+ * 1. Tensors go from the session to the connection on this thread; no other thread ever sees them.
+ * 2. The watch runs only while a step is in flight: an idle worker does nothing.
+ */
+import { parentPort, workerData } from 'node:worker_threads';
+import { Bus } from '@lamina/bus';
+import {
+  emptyFrameHeader,
+  errorBodySchema,
+  FRAME_HEADER_BYTES,
+  FRAME_KIND,
+  parseMessage,
+  readFrameHeader,
+  SUBJECTS,
+  unpackMessage,
+} from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+import { compileLayerCycle } from '../request/layer-cycle.ts';
+import { DenseSession } from './dense-session.ts';
+import type { FromWorker, StepRequest, ToWorker, WorkerOptions } from './messages.ts';
+import { Wave } from './wave.ts';
+
+const port = parentPort;
+if (port === null) throw new LaminaError('internal', 'this file is the entry of a worker thread');
+const options: WorkerOptions = workerData;
+
+const post = (message: FromWorker): void => port.postMessage(message);
+const complain = (error: LaminaError): void => post({ kind: 'complaint', code: error.code, message: error.message });
+
+const bus = await Bus.connect(
+  {
+    url: options.natsUrl,
+    name: `dense-executor worker ${options.workerId}`,
+    connectTimeoutMs: options.natsConnectTimeoutMs,
+  },
+  { onError: complain },
+);
+const session = await DenseSession.load(options.stagedGraphPath, options.dims, options.intraOpThreads);
+const replySubject = SUBJECTS.workerTensors(options.workerId);
+const layerCycle = compileLayerCycle();
+const waves = Array.from(
+  { length: options.numWaves },
+  () => new Wave({ dims: options.dims, session, transport: bus, layerCycle, originId: options.originId, replySubject }),
+);
+
+const header = emptyFrameHeader();
+bus.subscribe(replySubject, ({ data }) => {
+  readFrameHeader(data, header);
+  const wave = waves[header.waveIndex];
+  if (header.originId !== options.originId || wave === undefined) return;
+  if (header.kind === FRAME_KIND.partial) wave.exchange.receive(data, header);
+  else if (header.kind === FRAME_KIND.failure) {
+    const failure = parseMessage('shard failure', errorBodySchema, unpackMessage(data.subarray(FRAME_HEADER_BYTES)));
+    wave.exchange.receiveFailure(header, new LaminaError(failure.code, failure.message));
+  }
+});
+await bus.flush();
+
+let numInFlight = 0;
+let watch: NodeJS.Timeout | undefined;
+
+function watchGathers(): void {
+  const nowMs = performance.now();
+  for (const wave of waves) {
+    if (!(nowMs - wave.exchange.dispatchedAtMs > options.gatherTimeoutMs)) continue;
+    const shardIds = wave.exchange.waitingShardIds;
+    wave.exchange.fail(
+      new LaminaError('shard_lost', `no attention from ${shardIds.join(', ')} within ${options.gatherTimeoutMs} ms`),
+      shardIds,
+    );
+  }
+}
+
+async function runStep(step: StepRequest): Promise<void> {
+  const wave = waves[step.waveIndex];
+  if (wave === undefined) throw new LaminaError('internal', `no wave ${step.waveIndex}`);
+  numInFlight++;
+  watch ??= setInterval(watchGathers, Math.max(5, options.gatherTimeoutMs / 4));
+  const result = await wave.run(step);
+  numInFlight--;
+  if (numInFlight === 0) {
+    clearInterval(watch);
+    watch = undefined;
+  }
+  post(result);
+}
+
+async function stop(): Promise<void> {
+  clearInterval(watch);
+  await bus.close();
+  await session.release();
+  port?.close();
+}
+
+port.on('message', (message: ToWorker) => {
+  if (message.kind === 'step') void runStep(message);
+  else if (message.kind === 'stop') void stop();
+  else {
+    for (const wave of waves) {
+      if (wave.exchange.usesShard(message.shardId)) {
+        wave.exchange.fail(new LaminaError('shard_lost', `${message.shardId} went away`), [message.shardId]);
+      }
+    }
+  }
+});
+post({ kind: 'ready' });

@@ -1,0 +1,117 @@
+/**
+ * Owns what the main thread and the worker threads of one executor tell each other.
+ *
+ * Invariants
+ * 1. A wave has at most one step in flight; stepId grows by one per step of a worker.
+ * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
+ */
+import type { ErrorCode } from '@lamina/tensor';
+
+export interface WorkerOptions {
+  readonly workerId: string;
+  /** Random; names this worker in every tensor frame. */
+  readonly originId: number;
+  readonly natsUrl: string;
+  readonly natsConnectTimeoutMs: number;
+  readonly stagedGraphPath: string;
+  readonly numWaves: number;
+  readonly intraOpThreads: number;
+  readonly gatherTimeoutMs: number;
+  readonly dims: ModelDims;
+}
+
+export interface ModelDims {
+  readonly numLayers: number;
+  readonly hiddenSize: number;
+  readonly vocabSize: number;
+  readonly numHeads: number;
+  readonly numKvHeads: number;
+  readonly headDim: number;
+}
+
+/** One shard's part of a step. */
+export interface ShardPart {
+  readonly shardId: string;
+  /** Encoded plan frame, header space included; the worker fills in ids. */
+  readonly plan: Uint8Array<ArrayBuffer>;
+  /** Rows of the wave whose queries this shard gets, in its order. */
+  readonly queryRows: Int32Array<ArrayBuffer>;
+  /** Rows of the wave whose K and V this shard stores, in its order. */
+  readonly kvRows: Int32Array<ArrayBuffer>;
+}
+
+/** Fields of one sampled row: temperature, topP, topK, minP, seed, tokenIndex, numLogprobs. */
+export const SAMPLING_FIELDS = 7;
+
+export interface StepRequest {
+  readonly kind: 'step';
+  readonly waveIndex: number;
+  readonly stepId: number;
+  /** [numTokens] */
+  readonly tokenIds: BigInt64Array<ArrayBuffer>;
+  /** [numTokens] absolute positions. */
+  readonly positionIds: BigInt64Array<ArrayBuffer>;
+  /** Rows of the wave whose next token is wanted, ascending. */
+  readonly sampledRows: Int32Array<ArrayBuffer>;
+  /** [sampledRows.length, SAMPLING_FIELDS] */
+  readonly sampling: Float64Array<ArrayBuffer>;
+  readonly shards: readonly ShardPart[];
+}
+
+export interface ShardLost {
+  readonly kind: 'shardLost';
+  readonly shardId: string;
+}
+
+export interface Stop {
+  readonly kind: 'stop';
+}
+
+export type ToWorker = StepRequest | ShardLost | Stop;
+
+/** Milliseconds of one step by cause. */
+export interface StepTimings {
+  readonly denseMs: number;
+  /** Waiting for the attention gather, other waves' work on this thread included. */
+  readonly waitMs: number;
+  /** Packing and merging tensors, publishing. */
+  readonly codecMs: number;
+  readonly sampleMs: number;
+  readonly totalMs: number;
+}
+
+export interface StepDone {
+  readonly kind: 'stepDone';
+  readonly waveIndex: number;
+  readonly stepId: number;
+  /** [sampledRows.length]; -1 where the logits were not finite. */
+  readonly tokens: Int32Array;
+  /** [sampledRows.length]; NaN where not asked for. */
+  readonly logprobs: Float64Array;
+  /** Per sampled row, empty where not asked for; null when no row asked. */
+  readonly topLogprobs: readonly { token: number; logprob: number }[][] | null;
+  readonly timings: StepTimings;
+}
+
+export interface StepFailed {
+  readonly kind: 'stepFailed';
+  readonly waveIndex: number;
+  readonly stepId: number;
+  readonly code: ErrorCode;
+  readonly message: string;
+  /** Shards that are to blame, empty when the executor itself is. */
+  readonly shardIds: readonly string[];
+}
+
+export interface Ready {
+  readonly kind: 'ready';
+}
+
+/** Something odd that did not fail a step: counted and logged by the main thread. */
+export interface Complaint {
+  readonly kind: 'complaint';
+  readonly code: ErrorCode;
+  readonly message: string;
+}
+
+export type FromWorker = Ready | StepDone | StepFailed | Complaint;

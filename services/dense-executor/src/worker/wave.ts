@@ -1,0 +1,186 @@
+/**
+ * Owns one wave: running a step through all layers, and what it cost.
+ *
+ * Invariants
+ * 1. A step passes the layer cycle that is compiled from the request machine; an event that the machine forbids ends it.
+ * 2. Between the request of a step and its result nothing is looked up, logged or asked of another thread.
+ */
+import { FRAME_KIND, type FrameHeader, SUBJECTS } from '@lamina/protocol';
+import { asLaminaError, type LaminaError } from '@lamina/tensor';
+import { Tensor } from 'onnxruntime-node';
+import { LAYER_EVENT, LayerCursor } from '../request/layer-cycle.ts';
+import { Sampler } from '../request/sampler.ts';
+import type { DenseSession, LayerOutputs } from './dense-session.ts';
+import { type ModelDims, SAMPLING_FIELDS, type StepDone, type StepFailed, type StepRequest } from './messages.ts';
+import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
+
+export class Wave {
+  readonly exchange: TensorExchange;
+  readonly #dims: ModelDims;
+  readonly #session: DenseSession;
+  readonly #sampler: Sampler;
+  readonly #cursor: LayerCursor;
+  readonly #originId: number;
+  readonly #replySubject: string;
+
+  constructor(options: {
+    dims: ModelDims;
+    session: DenseSession;
+    transport: TensorTransport;
+    layerCycle: Uint8Array;
+    originId: number;
+    replySubject: string;
+  }) {
+    this.#dims = options.dims;
+    this.#session = options.session;
+    this.#sampler = new Sampler(options.dims.vocabSize);
+    this.#cursor = new LayerCursor(options.layerCycle);
+    this.#originId = options.originId;
+    this.#replySubject = options.replySubject;
+    this.exchange = new TensorExchange(options.dims, options.transport);
+  }
+
+  /** Never rejects: a failed step is a result. */
+  async run(step: StepRequest): Promise<StepDone | StepFailed> {
+    try {
+      return await this.#run(step);
+    } catch (cause) {
+      const error = asLaminaError(cause);
+      this.exchange.fail(error, []);
+      return {
+        kind: 'stepFailed',
+        waveIndex: step.waveIndex,
+        stepId: step.stepId,
+        code: error.code,
+        message: reasonOf(error),
+        shardIds: shardIdsOf(error),
+      };
+    }
+  }
+
+  async #run(step: StepRequest): Promise<StepDone> {
+    const { numLayers, numHeads, headDim } = this.#dims;
+    const cursor = this.#cursor;
+    const exchange = this.exchange;
+    const numTokens = step.tokenIds.length;
+    const startedMs = performance.now();
+    let denseMs = 0;
+    let waitMs = 0;
+    let codecMs = 0;
+
+    cursor.restart();
+    const header: FrameHeader = {
+      kind: FRAME_KIND.plan,
+      layer: 0,
+      stepId: step.stepId,
+      waveIndex: step.waveIndex,
+      shardIndex: 0,
+      bodyBytes: 0,
+      partOffset: 0,
+      originId: this.#originId,
+    };
+    exchange.begin(step, header, SUBJECTS.shardTensors, this.#replySubject);
+    const tokenIds = new Tensor('int64', step.tokenIds, [1, numTokens]);
+    const positionIds = new Tensor('int64', step.positionIds, [1, numTokens]);
+    const attentionShape = [1, numTokens, numHeads * headDim];
+    let outputs: LayerOutputs | undefined;
+    let attention: Tensor | undefined;
+    let markMs = performance.now();
+    codecMs += markMs - startedMs;
+
+    for (let layer = 0; layer < numLayers; layer++) {
+      outputs =
+        outputs === undefined || attention === undefined
+          ? await this.#session.embed(tokenIds, positionIds)
+          : await this.#session.layer(layer, positionIds, outputs.hidden, attention);
+      cursor.advance(LAYER_EVENT.QKV_READY);
+      const denseDoneMs = performance.now();
+      const answered = exchange.dispatch(layer, outputs.query, outputs.key, outputs.value);
+      cursor.advance(LAYER_EVENT.DISPATCHED);
+      const dispatchedMs = performance.now();
+      await answered;
+      const answeredMs = performance.now();
+      attention = new Tensor('float32', exchange.gathered(), attentionShape);
+      cursor.advance(LAYER_EVENT.GATHERED);
+      denseMs += denseDoneMs - markMs;
+      codecMs += dispatchedMs - denseDoneMs;
+      waitMs += answeredMs - dispatchedMs;
+      markMs = performance.now();
+      codecMs += markMs - answeredMs;
+    }
+
+    const sampled = emptySample(step);
+    let sampledMs = markMs;
+    if (step.sampledRows.length === 0 || outputs === undefined || attention === undefined) {
+      cursor.advance(LAYER_EVENT.CHUNK_READY);
+    } else {
+      const rows = new Tensor('int64', BigInt64Array.from(step.sampledRows, BigInt), [step.sampledRows.length]);
+      const logits = await this.#session.logits(outputs.hidden, attention, rows);
+      cursor.advance(LAYER_EVENT.LOGITS_READY);
+      const logitsMs = performance.now();
+      denseMs += logitsMs - markMs;
+      this.#sample(step, logits, sampled);
+      sampledMs = performance.now();
+      markMs = logitsMs;
+    }
+    const totalMs = performance.now() - startedMs;
+    return {
+      kind: 'stepDone',
+      waveIndex: step.waveIndex,
+      stepId: step.stepId,
+      ...sampled,
+      timings: { denseMs, waitMs, codecMs, sampleMs: sampledMs - markMs, totalMs },
+    };
+  }
+
+  /** @param logits [sampledRows.length, vocabSize] float32 */
+  #sample(
+    step: StepRequest,
+    logits: Float32Array,
+    into: { tokens: Int32Array; logprobs: Float64Array; topLogprobs: { token: number; logprob: number }[][] | null },
+  ): void {
+    const { vocabSize } = this.#dims;
+    for (let i = 0; i < step.sampledRows.length; i++) {
+      const at = i * SAMPLING_FIELDS;
+      const fields = step.sampling;
+      const result = this.#sampler.sample(logits.subarray(i * vocabSize, (i + 1) * vocabSize), {
+        temperature: fields[at]!,
+        topP: fields[at + 1]!,
+        topK: fields[at + 2]!,
+        minP: fields[at + 3]!,
+        seed: fields[at + 4]!,
+        tokenIndex: fields[at + 5]!,
+        numLogprobs: fields[at + 6]!,
+      });
+      into.tokens[i] = result.token;
+      into.logprobs[i] = result.logprob;
+      if (into.topLogprobs !== null) into.topLogprobs[i] = result.topLogprobs;
+    }
+  }
+}
+
+function emptySample(step: StepRequest): {
+  tokens: Int32Array;
+  logprobs: Float64Array;
+  topLogprobs: { token: number; logprob: number }[][] | null;
+} {
+  const numRows = step.sampledRows.length;
+  let wantsTop = false;
+  for (let i = 0; i < numRows; i++) wantsTop ||= step.sampling[i * SAMPLING_FIELDS + 6]! > 0;
+  return {
+    tokens: new Int32Array(numRows),
+    logprobs: new Float64Array(numRows),
+    topLogprobs: wantsTop ? Array.from({ length: numRows }, () => []) : null,
+  };
+}
+
+function reasonOf(error: LaminaError): string {
+  return error.code === 'internal' && typeof error.diagnostics.reason === 'string'
+    ? error.diagnostics.reason
+    : error.message;
+}
+
+function shardIdsOf(error: LaminaError): string[] {
+  const { shardIds } = error.diagnostics;
+  return Array.isArray(shardIds) ? shardIds.filter((shardId) => typeof shardId === 'string') : [];
+}

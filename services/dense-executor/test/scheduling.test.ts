@@ -1,0 +1,197 @@
+/** Continuous batching and step plans: budgets, fairness, and that every token and block is in its place. */
+
+import { fileURLToPath } from 'node:url';
+import type { WorkLease } from '@lamina/bus';
+import { loadTokenizer, type Tokenizer } from '@lamina/model';
+import { BLOCK_FIELDS, decodeStepPlan, FRAME_HEADER_BYTES, SEGMENT_FIELDS } from '@lamina/protocol';
+import fc from 'fast-check';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { Answer } from '../src/request/answer.ts';
+import { GenerationRequest } from '../src/request/request.ts';
+import { Scheduler } from '../src/scheduling/scheduler.ts';
+import { buildStep } from '../src/scheduling/step-builder.ts';
+
+let tokenizer: Tokenizer;
+beforeAll(async () => {
+  tokenizer = await loadTokenizer(fileURLToPath(new URL('../../../models/lamina-tiny', import.meta.url)));
+});
+
+const BLOCK = 16;
+let arrivals = 0;
+
+function request(options: {
+  numPromptTokens: number;
+  numComputed?: number;
+  phase?: 'prefill' | 'decode';
+  shards?: string[];
+  priority?: number;
+  numBlocks?: number;
+}): GenerationRequest {
+  const id = `r${arrivals}`;
+  const tokenIds = Array.from({ length: options.numPromptTokens }, (_, i) => i % 1000);
+  const item = {
+    id,
+    model: 'm',
+    tokenIds,
+    maxTokens: 50,
+    sampling: { temperature: 0.5, topP: 0.9, topK: 4, minP: 0.1, seed: 77 },
+    stop: [],
+    logprobs: 3,
+    ignoreEos: false,
+    priority: options.priority ?? 0,
+    deadlineAtMs: null,
+    encoding: 'json' as const,
+    submittedAtMs: 0,
+  };
+  const lease: WorkLease = { item, deliveryCount: 1, renew: () => {}, complete: () => {}, release: () => {} };
+  const made = new GenerationRequest(item, lease, new Answer({ tokenizer, eosTokenIds: new Set(), item }), arrivals++);
+  const shards = options.shards ?? ['a'];
+  const numBlocks = options.numBlocks ?? Math.ceil((options.numPromptTokens + 1) / BLOCK);
+  made.blockTable = Array.from({ length: numBlocks }, (_, i) => ({
+    shardId: shards[i % shards.length]!,
+    block: arrivals * 1000 + i,
+  }));
+  made.numComputed = options.numComputed ?? 0;
+  made.phase = options.phase ?? 'prefill';
+  return made;
+}
+
+function scheduler(numWaves: number, limits = { maxBatchedTokens: 64, prefillChunkTokens: 32 }): Scheduler {
+  const made = new Scheduler(limits, numWaves);
+  made.blockSizeTokens = BLOCK;
+  return made;
+}
+
+describe('Scheduler', () => {
+  it('runs decodes first and prefill chunks in what is left of the budget', () => {
+    const subject = scheduler(1);
+    const long = request({ numPromptTokens: 100 });
+    const other = request({ numPromptTokens: 100 });
+    const decoding = request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' });
+    for (const each of [long, other, decoding]) subject.add(each);
+    expect(subject.formStep(0).map(({ request: { id }, start, numTokens }) => [id, start, numTokens])).toEqual([
+      [decoding.id, 19, 1],
+      [long.id, 0, 32],
+      [other.id, 0, 31],
+    ]);
+  });
+
+  it('lets nobody starve when the budget is too small for all', () => {
+    const subject = scheduler(1, { maxBatchedTokens: 3, prefillChunkTokens: 3 });
+    const requests = Array.from({ length: 8 }, () => request({ numPromptTokens: 10, numComputed: 9, phase: 'decode' }));
+    for (const each of requests) subject.add(each);
+    const turns = new Map<string, number>();
+    for (let step = 0; step < 24; step++) {
+      const entries = subject.formStep(0);
+      expect(entries).toHaveLength(3);
+      for (const entry of entries) turns.set(entry.request.id, (turns.get(entry.request.id) ?? 0) + 1);
+    }
+    expect([...turns.values()].every((count) => count >= 8)).toBe(true);
+  });
+
+  it('spreads requests over the waves and evens them out when some end', () => {
+    const subject = scheduler(2);
+    const requests = Array.from({ length: 6 }, () => request({ numPromptTokens: 10, numComputed: 9, phase: 'decode' }));
+    for (const each of requests) subject.add(each);
+    expect(requests.map((each) => each.waveIndex)).toEqual([0, 1, 0, 1, 0, 1]);
+    for (const each of requests) if (each.waveIndex === 1) subject.remove(each);
+    expect(subject.formStep(1)).toHaveLength(1);
+    expect(subject.formStep(0)).toHaveLength(2);
+  });
+
+  it('never moves or schedules a request that is in a step', () => {
+    const subject = scheduler(2);
+    const requests = Array.from({ length: 4 }, () => request({ numPromptTokens: 10, numComputed: 9, phase: 'decode' }));
+    for (const each of requests) subject.add(each);
+    for (const each of requests) if (each.waveIndex === 1) subject.remove(each);
+    for (const each of requests) each.isInStep = true;
+    expect(subject.formStep(1)).toEqual([]);
+    expect(subject.formStep(0)).toEqual([]);
+  });
+
+  it('waits for blocks instead of writing beyond the block table', () => {
+    const subject = scheduler(1);
+    const full = request({ numPromptTokens: 33, numComputed: 32, phase: 'decode', numBlocks: 2 });
+    const partly = request({ numPromptTokens: 100, numBlocks: 1 });
+    subject.add(full);
+    subject.add(partly);
+    expect(subject.formStep(0).map(({ request: { id }, numTokens }) => [id, numTokens])).toEqual([[partly.id, 16]]);
+  });
+
+  it('prefers higher priority', () => {
+    const subject = scheduler(1, { maxBatchedTokens: 8, prefillChunkTokens: 8 });
+    const low = request({ numPromptTokens: 20 });
+    const high = request({ numPromptTokens: 20, priority: 5 });
+    subject.add(low);
+    subject.add(high);
+    expect(subject.formStep(0)[0]?.request).toBe(high);
+  });
+});
+
+describe('buildStep', () => {
+  it('gives each shard exactly its blocks, queries and new tokens', () => {
+    fc.assert(
+      fc.property(
+        fc.array(
+          fc.record({
+            numTokens: fc.integer({ min: 1, max: 120 }),
+            computed: fc.nat(119),
+            chunk: fc.integer({ min: 1, max: 40 }),
+            numShards: fc.integer({ min: 1, max: 4 }),
+          }),
+          { minLength: 1, maxLength: 6 },
+        ),
+        (specs) => {
+          const entries = specs.map((spec) => {
+            const start = Math.min(spec.computed, spec.numTokens - 1);
+            const made = request({
+              numPromptTokens: spec.numTokens,
+              numComputed: start,
+              shards: ['a', 'b', 'c', 'd'].slice(0, spec.numShards),
+            });
+            return { request: made, start, numTokens: Math.min(spec.chunk, spec.numTokens - start), kvGeneration: 0 };
+          });
+          const { step } = buildStep(entries, BLOCK, 1, 42);
+          const seenBlocks = new Map<string, number>();
+          const storedRows = new Set<number>();
+          for (const part of step.shards) {
+            const plan = decodeStepPlan(part.plan.subarray(FRAME_HEADER_BYTES));
+            expect(plan.numQueryRows).toBe(part.queryRows.length);
+            expect(plan.kvSlots).toHaveLength(part.kvRows.length);
+            let nextRow = 0;
+            for (let at = 0; at < plan.segments.length; at += SEGMENT_FIELDS) {
+              const [rowStart, numQueries, firstPosition, blockStart, numBlocks] = plan.segments.subarray(
+                at,
+                at + SEGMENT_FIELDS,
+              );
+              expect(rowStart).toBe(nextRow);
+              nextRow += numQueries!;
+              for (let i = 0; i < numQueries!; i++)
+                expect(Number(step.positionIds[part.queryRows[rowStart! + i]!])).toBe(firstPosition! + i);
+              for (let index = blockStart!; index < blockStart! + numBlocks!; index++) {
+                const [block, position, count] = plan.blocks.subarray(index * BLOCK_FIELDS, (index + 1) * BLOCK_FIELDS);
+                expect(seenBlocks.has(`${part.shardId}.${block}`)).toBe(false);
+                seenBlocks.set(`${part.shardId}.${block}`, count!);
+                expect(position! % BLOCK).toBe(0);
+              }
+            }
+            expect(nextRow).toBe(plan.numQueryRows);
+            part.kvRows.forEach((row, i) => {
+              expect(storedRows.has(row)).toBe(false);
+              storedRows.add(row);
+              const position = Number(step.positionIds[row]);
+              expect(plan.kvSlots[i]! % BLOCK).toBe(position % BLOCK);
+            });
+          }
+          expect(storedRows.size).toBe(step.tokenIds.length);
+          const numKeys = [...seenBlocks.values()].reduce((sum, count) => sum + count, 0);
+          expect(numKeys).toBe(entries.reduce((sum, entry) => sum + entry.start + entry.numTokens, 0));
+          const ended = entries.filter((entry) => entry.start + entry.numTokens === entry.request.tokens.length);
+          expect(step.sampledRows).toHaveLength(ended.length);
+          expect([...step.sampling.subarray(0, 7)]).toEqual(ended.length > 0 ? [0.5, 0.9, 4, 0.1, 77, 0, 3] : []);
+        },
+      ),
+      { numRuns: 300 },
+    );
+  });
+});
