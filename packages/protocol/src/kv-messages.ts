@@ -20,6 +20,8 @@ export const executorHeartbeatReplySchema = z.object({
   managerEpoch: z.string(),
   layout: kvLayoutSchema,
   heartbeatIntervalMs: z.int().min(1),
+  /** Silence after which the executor counts as lost: without an answered heartbeat for so long it must not write KV. */
+  heartbeatTimeoutMs: z.int().min(1),
   /** false when this heartbeat registered the executor: whatever tables it had before are gone, it must drop them. */
   known: z.boolean(),
   /** Requests of this executor whose table is void (a shard of it was lost, or another executor took the request over). */
@@ -70,6 +72,7 @@ export const extendSchema = z.object({
 });
 export const blocksReplySchema = z.object({ managerEpoch: z.string(), blocks: z.array(blockRefSchema) });
 export const freeSchema = z.object({ requestId: idSchema, executorId: idSchema });
+export const executorLeaveSchema = z.object({ executorId: idSchema });
 export const emptySchema = z.object({});
 
 export const shardStatusSchema = z.object({

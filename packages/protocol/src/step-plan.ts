@@ -64,7 +64,8 @@ export function encodeStepPlan(plan: StepPlan): Uint8Array<ArrayBuffer> {
  */
 export function decodeStepPlan(body: Uint8Array): StepPlan {
   if (body.length < COUNTS * 4 || body.length % 4 !== 0) throw badPlan(`a body of ${body.length} bytes`);
-  const ints = new Int32Array(body.slice().buffer);
+  // Not `slice`: what NATS delivers is a Buffer, whose slice is a view.
+  const ints = new Int32Array(new Uint8Array(body).buffer);
   const numQueryRows = count(ints[0]!, LIMITS.planRows, 'query rows');
   const numKvRows = count(ints[1]!, LIMITS.planRows, 'KV rows');
   const numSegments = count(ints[2]!, LIMITS.planSegments, 'segments');

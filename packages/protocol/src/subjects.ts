@@ -44,6 +44,14 @@ export const ENDPOINTS = {
     request: kv.executorHeartbeatSchema,
     reply: kv.executorHeartbeatReplySchema,
   }),
+  executorLeave: endpoint({
+    subject: `${ROOT}.kv.executor_leave`,
+    from: 'dense-executor',
+    to: 'kv-manager',
+    meaning: 'An executor that shuts down says so: its blocks are freed at once.',
+    request: kv.executorLeaveSchema,
+    reply: kv.emptySchema,
+  }),
   shardHeartbeat: endpoint({
     subject: `${ROOT}.kv.shard_heartbeat`,
     from: 'attention-shard',

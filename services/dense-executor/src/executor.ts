@@ -274,10 +274,27 @@ export class Executor implements KvEvents {
     for (const request of [...this.#requests.values()]) {
       if (request.blockTable.length > 0) this.#loseKv(request, error);
     }
+    this.#admitQueued();
+    this.pump();
+  }
+
+  onRequestsVoid(requestIds: readonly string[]): void {
+    const error = new LaminaError('shard_lost', 'attention shards that held KV of this request went away');
+    for (const requestId of requestIds) {
+      const request = this.#requests.get(requestId);
+      if (request !== undefined && request.blockTable.length > 0) this.#loseKv(request, error);
+      else void this.#kv?.free(requestId);
+    }
+    this.pump();
+  }
+
+  onLeaseRenewed(): void {
+    this.#admitQueued();
     this.pump();
   }
 
   #loseKv(request: GenerationRequest, error: LaminaError): void {
+    if (request.isKvLost) return;
     this.#options.metrics.recoveries.inc();
     if (request.isInStep) request.isKvLost = true;
     else this.#send(request, { type: 'KV_LOST', error });
@@ -288,7 +305,7 @@ export class Executor implements KvEvents {
   /** Starts a step on every idle wave that has something to run. */
   pump(): void {
     const pool = this.#pool;
-    if (pool === undefined) return;
+    if (pool === undefined || this.#kv?.holdsLease !== true) return;
     for (let wave = 0; wave < this.#steps.length; wave++) {
       if (this.#steps[wave] !== undefined) continue;
       const startedMs = performance.now();

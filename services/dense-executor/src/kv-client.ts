@@ -3,7 +3,9 @@
  *
  * Invariants
  * 1. The kv-manager is asked at admission and ahead of block boundaries, never inside a layer.
- * 2. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
+ * 2. While no heartbeat has been answered for the kv-manager's time-out, `holdsLease` is false: the blocks may have been
+ *    given to others, so no step is started that would write to them.
+ * 3. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
  */
 import type { Bus } from '@lamina/bus';
 import { type BlockRef, ENDPOINTS, EVENTS } from '@lamina/protocol';
@@ -13,8 +15,12 @@ import { type AttentionSpec, asLaminaError, type KvLayout } from '@lamina/tensor
 export interface KvEvents {
   /** Every block table is void: the kv-manager is a new one, or stores KV otherwise. */
   onTablesVoid(layout: KvLayout): void;
+  /** The tables of these requests are void: a shard of theirs was lost, or another executor took them over. */
+  onRequestsVoid(requestIds: readonly string[]): void;
   onShardLost(shardId: string): void;
   onCapacityFreed(): void;
+  /** The kv-manager answers after a silence in which no step was to be started. */
+  onLeaseRenewed(): void;
 }
 
 export interface KvClientOptions {
@@ -28,7 +34,9 @@ export interface KvClientOptions {
   readonly fail: (cause: unknown) => void;
 }
 
-const RETRY_INTERVAL_MS = 500;
+const RETRY_INTERVAL_MS = 250;
+const MIN_HEARTBEAT_TIMEOUT_MS = 500;
+const LEAVE_TIMEOUT_MS = 1_000;
 
 export class KvClient {
   readonly #options: KvClientOptions;
@@ -38,12 +46,19 @@ export class KvClient {
   #timer: NodeJS.Timeout | undefined;
   #isStopped = false;
   #isManagerSilent = false;
+  #leaseEndsAtMs = 0;
+  #intervalMs = RETRY_INTERVAL_MS;
 
   constructor(options: KvClientOptions, events: KvEvents) {
     this.#options = options;
     this.#events = events;
     options.bus.onEvent(EVENTS.shardLost, ({ shardId }) => events.onShardLost(shardId));
     options.bus.onEvent(EVENTS.capacityFreed, () => events.onCapacityFreed());
+  }
+
+  /** True while the kv-manager certainly keeps this executor's tables. */
+  get holdsLease(): boolean {
+    return performance.now() < this.#leaseEndsAtMs;
   }
 
   /** Registers, waiting for a kv-manager as long as it takes. */
@@ -56,23 +71,27 @@ export class KvClient {
   }
 
   async #heartbeat(): Promise<void> {
-    const { bus, executorId, modelId, spec, requestTimeoutMs, log, fail } = this.#options;
+    const { bus, executorId, modelId, spec, log, fail } = this.#options;
+    const timeoutMs = Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#intervalMs);
     let intervalMs = RETRY_INTERVAL_MS;
+    const sentAtMs = performance.now();
     try {
-      const reply = await bus.request(
-        ENDPOINTS.executorHeartbeat,
-        { executorId, modelId, spec },
-        { timeoutMs: requestTimeoutMs },
-      );
+      const reply = await bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec }, { timeoutMs });
       intervalMs = reply.heartbeatIntervalMs;
-      if (this.#isManagerSilent) log.info('the kv-manager answers again');
+      this.#intervalMs = intervalMs;
+      const wasSilent = this.#isManagerSilent;
+      if (wasSilent) log.info('the kv-manager answers again');
       this.#isManagerSilent = false;
       const isChanged =
         this.#managerEpoch !== undefined &&
-        (this.#managerEpoch !== reply.managerEpoch || !sameLayout(this.#layout, reply.layout));
+        (!reply.known || this.#managerEpoch !== reply.managerEpoch || !sameLayout(this.#layout, reply.layout));
       this.#managerEpoch = reply.managerEpoch;
       this.#layout = reply.layout;
+      const hadLease = this.holdsLease;
+      this.#leaseEndsAtMs = sentAtMs + reply.heartbeatTimeoutMs;
       if (isChanged) this.#events.onTablesVoid(reply.layout);
+      else if (reply.voidRequestIds.length > 0) this.#events.onRequestsVoid(reply.voidRequestIds);
+      if (!hadLease || wasSilent) this.#events.onLeaseRenewed();
     } catch (cause) {
       const error = asLaminaError(cause);
       if (error.code === 'invalid_request') fail(error);
@@ -115,9 +134,16 @@ export class KvClient {
     }
   }
 
-  stop(): void {
+  /** Says goodbye, so that nothing waits for the time-out. */
+  async stop(): Promise<void> {
+    const { bus, executorId, log } = this.#options;
     this.#isStopped = true;
     clearTimeout(this.#timer);
+    try {
+      await bus.request(ENDPOINTS.executorLeave, { executorId }, { timeoutMs: LEAVE_TIMEOUT_MS });
+    } catch (cause) {
+      log.debug({ err: asLaminaError(cause) }, 'could not say goodbye');
+    }
   }
 }
 

@@ -9,7 +9,7 @@
  *    so a whole number of layers may be skipped without changing the actor (tested).
  * 4. Every state that holds KV is left through releaseKv.
  */
-import { LaminaError } from '@lamina/tensor';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { assign, fromPromise, setup } from 'xstate';
 
 export interface RequestContext {
@@ -81,7 +81,7 @@ export const requestMachine = setup({
     input: {} as RequestInput,
   },
   actors: {
-    /** Gets a block table; rejects with a LaminaError, `overloaded` when it is worth waiting. */
+    /** Gets a block table; rejects with a LaminaError; a retryable one sends the request back to the queue. */
     allocateKv: fromPromise<void, { requestId: string }>(unprovided),
   },
   actions: {
@@ -89,7 +89,7 @@ export const requestMachine = setup({
     releaseKv: unprovided,
     emitCancelled: unprovided,
     emitFailed: unprovided,
-    keepError: assign({ error: ({ event }) => ('error' in event ? (event.error as LaminaError) : null) }),
+    keepError: assign({ error: ({ event }) => ('error' in event ? asLaminaError(event.error) : null) }),
     keepDeadlineError: assign({
       error: () => new LaminaError('deadline_exceeded', 'deadline_ms passed before the answer was complete'),
     }),
@@ -98,7 +98,7 @@ export const requestMachine = setup({
   guards: {
     mayRecover: ({ context }) => context.recoveries < MAX_RECOVERIES,
     hasDeadline: ({ context }) => context.deadlineMs !== null,
-    isWorthWaiting: ({ event }) => 'error' in event && (event.error as Partial<LaminaError>).code === 'overloaded',
+    isWorthWaiting: ({ event }) => 'error' in event && event.error instanceof LaminaError && event.error.retryable,
   },
   delays: {
     deadline: ({ context }) => context.deadlineMs ?? NEVER_MS,

@@ -1,0 +1,81 @@
+/** Owns the four commands of bootstrap.mjs: which set-up each needs, and what it runs then. */
+import { findNatsServer } from './nats-server.mjs';
+import { buildNativeKernel, buildTypeScript, installPackages } from './node-packages.mjs';
+import { runInForeground, SetupError, say } from './run.mjs';
+
+const BIN = {
+  biome: 'node_modules/@biomejs/biome/bin/biome',
+  knip: 'node_modules/knip/bin/knip.js',
+  tsc: 'node_modules/typescript/bin/tsc',
+  vitest: 'node_modules/vitest/vitest.mjs',
+};
+
+/**
+ * Everything that a running Lamina needs.
+ * @param {{ needsNatsServer: boolean }} options
+ * @returns {Promise<Record<string, string>>} what the command's environment gets in addition
+ */
+async function prepare({ needsNatsServer }) {
+  await installPackages();
+  const natsServer = needsNatsServer ? findNatsServer() : undefined;
+  const [path] = await Promise.all([natsServer, buildTypeScript(), buildNativeKernel()]);
+  return path === undefined ? {} : { LAMINA_NATS_SERVER: path };
+}
+
+/**
+ * @param {'demo' | 'start'} command
+ * @param {readonly string[]} args
+ */
+async function runCli(command, args) {
+  const usesRunningServer = args.some((arg) => arg === '--nats-url' || arg.startsWith('--nats-url='));
+  const environment = await prepare({ needsNatsServer: !usesRunningServer });
+  return runInForeground(['packages/cli/dist/main.js', command, ...args], environment);
+}
+
+/** @param {readonly string[]} args passed to vitest */
+async function runTests(args) {
+  const environment = await prepare({ needsNatsServer: true });
+  return runInForeground([BIN.vitest, 'run', ...args], environment);
+}
+
+async function runChecks() {
+  await installPackages();
+  const checks = [
+    ['biome', [BIN.biome, 'check', '--error-on-warnings', '.']],
+    ['tsc', [BIN.tsc, '-b']],
+    ['knip', [BIN.knip]],
+  ];
+  let failed = 0;
+  for (const [name, args] of checks) {
+    const passed = (await runInForeground(args)) === 0;
+    if (!passed) failed += 1;
+    say(`check ${name}: ${passed ? 'passed' : 'failed'}`);
+  }
+  return failed === 0 ? 0 : 1;
+}
+
+/**
+ * @param {string | undefined} command
+ * @param {readonly string[]} args
+ * @returns {Promise<number>} exit code
+ */
+export async function runCommand(command, args) {
+  try {
+    switch (command) {
+      case 'demo':
+      case 'start':
+        return await runCli(command, args);
+      case 'test':
+        return await runTests(args);
+      case 'check':
+        return await runChecks();
+      default:
+        say('usage: node deploy/bootstrap.mjs demo|start|test|check [args...]');
+        return 2;
+    }
+  } catch (error) {
+    if (!(error instanceof SetupError)) throw error;
+    say(error.message);
+    return 1;
+  }
+}

@@ -1,0 +1,286 @@
+// Owns the N-API surface: handles, the completion queue to the event loop, teardown. TypeScript (native-kernel.ts) is its
+// only caller and has checked every index, length and layer; what is checked here is what would corrupt memory.
+//
+// Invariants
+// 1. Buffers of an attend stay alive because the caller keeps them until `onDone(id)`; the thread-safe function's
+//    callback holds the caller.
+// 2. The thread-safe function keeps the process alive only while attends are in flight.
+// 3. No worker outlives the environment: the cleanup hook (added after the thread-safe function, so run before its own)
+//    joins them. After that every call throws.
+#include <new>
+#include <system_error>
+
+#include "bare_read.h"
+#include "cpu_dispatch.h"
+#include "napi_values.h"
+#include "worker_pool.h"
+
+namespace lamina {
+namespace {
+
+struct KernelHandle {
+  static constexpr uint64_t kMagic = 0x6c616d696e614b31;
+  uint64_t magic = kMagic;
+  napi_env env = nullptr;
+  Engine engine{};
+  std::unique_ptr<Slab> slab;
+  std::unique_ptr<WorkerPool> pool;
+  napi_threadsafe_function completion = nullptr;
+  /** Attends whose `onDone` has not been called. Touched on the event loop only. */
+  int32_t num_in_flight = 0;
+};
+
+struct StepHandle {
+  static constexpr uint64_t kMagic = 0x6c616d696e615331;
+  uint64_t magic = kMagic;
+  std::shared_ptr<Step> step;
+};
+
+void shut_down(void* data) {
+  KernelHandle* kernel = static_cast<KernelHandle*>(data);
+  kernel->pool.reset();
+  if (kernel->completion != nullptr) napi_release_threadsafe_function(kernel->completion, napi_tsfn_abort);
+  kernel->completion = nullptr;
+  kernel->slab.reset();
+}
+
+void close_kernel(KernelHandle* kernel) {
+  if (kernel->completion == nullptr) return;
+  napi_remove_env_cleanup_hook(kernel->env, shut_down, kernel);
+  shut_down(kernel);
+}
+
+/** On the event loop, once per finished job. */
+void complete(napi_env env, napi_value on_done, void* context, void* data) {
+  if (env == nullptr) return;
+  KernelHandle* kernel = static_cast<KernelHandle*>(context);
+  if (--kernel->num_in_flight == 0 && kernel->completion != nullptr)
+    napi_unref_threadsafe_function(env, kernel->completion);
+  napi_value receiver;
+  napi_value id;
+  napi_get_undefined(env, &receiver);
+  napi_create_uint32(env, uint32_t(reinterpret_cast<uintptr_t>(data)), &id);
+  napi_call_function(env, receiver, on_done, 1, &id, nullptr);
+}
+
+/** create(numLayers, numHeads, numKvHeads, headDim, scale, blockSizeTokens, isF16, numBlocks, numThreads, simd, onDone) */
+napi_value create(napi_env env, napi_callback_info info) {
+  napi_value args[11];
+  if (!read_arguments(env, info, 11, args)) return nullptr;
+  KvShape shape{};
+  double scale = 0;
+  int32_t num_blocks = 0;
+  int32_t num_threads = 0;
+  std::string simd;
+  if (!read_int32(env, args[0], &shape.num_layers) || !read_int32(env, args[1], &shape.num_heads) ||
+      !read_int32(env, args[2], &shape.num_kv_heads) || !read_int32(env, args[3], &shape.head_dim) ||
+      !read_double(env, args[4], &scale) || !read_int32(env, args[5], &shape.block_size_tokens) ||
+      !read_bool(env, args[6], &shape.is_f16) || !read_int32(env, args[7], &num_blocks) ||
+      !read_int32(env, args[8], &num_threads) || !read_string(env, args[9], &simd))
+    return nullptr;
+  shape.scale = float(scale);
+  if (shape.head_dim > kMaxHeadDim || shape.head_dim < 8 || num_blocks < 1 || num_threads < 1)
+    return fail(env, "shape out of range");
+  const SimdKernel* variant = choose_kernel(shape, simd);
+  if (variant == nullptr) return fail(env, "this processor or this shape has no such SIMD variant");
+
+  std::unique_ptr<KernelHandle> kernel(new KernelHandle());
+  kernel->env = env;
+  napi_value name;
+  napi_create_string_utf8(env, "lamina.attend", NAPI_AUTO_LENGTH, &name);
+  try {
+    kernel->slab.reset(new Slab(shape, num_blocks));
+  } catch (const std::bad_alloc&) {
+    return fail(env, "the operating system refused the memory");
+  }
+  kernel->engine = Engine{shape, num_blocks, variant, kernel->slab.get()};
+  if (napi_create_threadsafe_function(env, args[10], nullptr, name, 0, 1, nullptr, nullptr, kernel.get(), complete,
+                                      &kernel->completion) != napi_ok)
+    return fail(env, "no completion queue could be made");
+  napi_unref_threadsafe_function(env, kernel->completion);
+  napi_threadsafe_function completion = kernel->completion;
+  try {
+    kernel->pool.reset(new WorkerPool(kernel->engine, num_threads, [completion](uint32_t id) {
+      napi_call_threadsafe_function(completion, reinterpret_cast<void*>(uintptr_t(id)), napi_tsfn_nonblocking);
+    }));
+  } catch (const std::exception&) {
+    shut_down(kernel.get());
+    return fail(env, "the worker threads could not be started");
+  }
+  napi_add_env_cleanup_hook(env, shut_down, kernel.get());
+  napi_value handle;
+  if (napi_create_external(
+          env, kernel.get(),
+          [](napi_env, void* data, void*) {
+            KernelHandle* dead = static_cast<KernelHandle*>(data);
+            close_kernel(dead);
+            delete dead;
+          },
+          nullptr, &handle) != napi_ok) {
+    close_kernel(kernel.get());
+    return fail(env, "no handle could be made");
+  }
+  kernel.release();
+  return handle;
+}
+
+KernelHandle* read_kernel(napi_env env, napi_value value) {
+  KernelHandle* kernel = read_external<KernelHandle>(env, value);
+  if (kernel != nullptr && kernel->pool == nullptr) {
+    fail(env, "the kernel is closed");
+    return nullptr;
+  }
+  return kernel;
+}
+
+/** kernelName(kernel) */
+napi_value kernel_name(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  if (!read_arguments(env, info, 1, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  napi_value name;
+  napi_create_string_utf8(env, kernel->engine.simd->name, NAPI_AUTO_LENGTH, &name);
+  return name;
+}
+
+/** beginStep(kernel, numQueryRows, numKvRows, segments, blocks, kvSlots) */
+napi_value begin_step(napi_env env, napi_callback_info info) {
+  napi_value args[6];
+  if (!read_arguments(env, info, 6, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  int32_t num_query_rows = 0;
+  int32_t num_kv_rows = 0;
+  try {
+    std::vector<int32_t> flat_segments, flat_blocks, kv_slots;
+    if (!read_int32(env, args[1], &num_query_rows) || !read_int32(env, args[2], &num_kv_rows) ||
+        !read_int32_array(env, args[3], &flat_segments) || !read_int32_array(env, args[4], &flat_blocks) ||
+        !read_int32_array(env, args[5], &kv_slots))
+      return nullptr;
+    if (kv_slots.size() != size_t(num_kv_rows)) return fail(env, "kvSlots has another length than numKvRows");
+    std::vector<Segment> segments(flat_segments.size() / 5);
+    for (size_t i = 0; i < segments.size(); i++) {
+      const int32_t* s = flat_segments.data() + i * 5;
+      segments[i] = {s[0], s[1], s[2], s[3], s[4]};
+    }
+    std::vector<BlockRef> blocks(flat_blocks.size() / 3);
+    for (size_t i = 0; i < blocks.size(); i++) {
+      const int32_t* b = flat_blocks.data() + i * 3;
+      blocks[i] = {b[0], b[1], b[2]};
+    }
+    std::unique_ptr<StepHandle> box(new StepHandle());
+    box->step = std::make_shared<Step>(kernel->engine.shape, kernel->pool->num_threads(), num_query_rows, num_kv_rows,
+                                       std::move(segments), std::move(blocks), std::move(kv_slots));
+    napi_value handle;
+    if (napi_create_external(
+            env, box.get(), [](napi_env, void* data, void*) { delete static_cast<StepHandle*>(data); }, nullptr,
+            &handle) != napi_ok)
+      return fail(env, "no handle could be made");
+    box.release();
+    return handle;
+  } catch (const std::exception&) {
+    return fail(env, "out of memory");
+  }
+}
+
+/** attend(kernel, step, layer, qkv, out, id) */
+napi_value attend(napi_env env, napi_callback_info info) {
+  napi_value args[6];
+  if (!read_arguments(env, info, 6, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  StepHandle* box = read_external<StepHandle>(env, args[1]);
+  if (box == nullptr) return nullptr;
+  if (box->step == nullptr) return fail(env, "the step has ended");
+  int32_t layer = 0;
+  int32_t id = 0;
+  void* qkv = nullptr;
+  void* out = nullptr;
+  size_t qkv_bytes = 0;
+  size_t out_bytes = 0;
+  if (!read_int32(env, args[2], &layer) || !read_typed_array(env, args[3], napi_uint8_array, &qkv, &qkv_bytes) ||
+      !read_typed_array(env, args[4], napi_uint8_array, &out, &out_bytes) || !read_int32(env, args[5], &id))
+    return nullptr;
+  const KvShape& shape = kernel->engine.shape;
+  const Step& step = *box->step;
+  const size_t cells = size_t(step.num_query_rows) * shape.num_heads;
+  const size_t kv_floats = size_t(step.num_kv_rows) * shape.num_kv_heads * shape.head_dim;
+  if (layer < 0 || layer >= shape.num_layers || qkv_bytes != 4 * (cells * shape.head_dim + 2 * kv_floats) ||
+      out_bytes != 4 * cells * (shape.head_dim + 1))
+    return fail(env, "layer or buffer length does not fit the step");
+  if (kernel->num_in_flight++ == 0) napi_ref_threadsafe_function(env, kernel->completion);
+  kernel->pool->submit(Job{uint32_t(id), box->step, layer, static_cast<const uint8_t*>(qkv), static_cast<uint8_t*>(out)});
+  return nullptr;
+}
+
+/** endStep(step): queued attends still finish. */
+napi_value end_step(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  if (!read_arguments(env, info, 1, args)) return nullptr;
+  StepHandle* box = read_external<StepHandle>(env, args[0]);
+  if (box != nullptr) box->step.reset();
+  return nullptr;
+}
+
+/** close(kernel): call only when nothing is in flight. */
+napi_value close(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  if (!read_arguments(env, info, 1, args)) return nullptr;
+  KernelHandle* kernel = read_external<KernelHandle>(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  if (kernel->num_in_flight > 0) return fail(env, "attends are in flight");
+  close_kernel(kernel);
+  return nullptr;
+}
+
+/** measureBareRead(kernel, numBytes, numThreads): seconds to read the first numBytes of the slab and add them up. */
+napi_value measure_bare_read(napi_env env, napi_callback_info info) {
+  napi_value args[3];
+  if (!read_arguments(env, info, 3, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  double num_bytes = 0;
+  int32_t num_threads = 0;
+  if (!read_double(env, args[1], &num_bytes) || !read_int32(env, args[2], &num_threads)) return nullptr;
+  if (!(num_bytes >= 0) || num_bytes > double(kernel->slab->num_bytes()) || num_threads < 1)
+    return fail(env, "bytes or threads out of range");
+  napi_value seconds;
+  napi_create_double(env, bare_read_seconds(*kernel->engine.simd, kernel->slab->data(), size_t(num_bytes), num_threads),
+                     &seconds);
+  return seconds;
+}
+
+/** supportedSimd(): names that `simd` of create may have on this processor, fastest first. */
+napi_value supported_simd(napi_env env, napi_callback_info) {
+  napi_value list;
+  napi_create_array(env, &list);
+  uint32_t index = 0;
+  for (const SimdKernel* kernel : supported_kernels()) {
+    napi_value name;
+    napi_create_string_utf8(env, kernel->simd, NAPI_AUTO_LENGTH, &name);
+    napi_set_element(env, list, index++, name);
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace lamina
+
+NAPI_MODULE_INIT() {
+  using namespace lamina;
+  const struct {
+    const char* name;
+    napi_callback function;
+  } functions[] = {{"create", create},       {"kernelName", kernel_name},
+                   {"beginStep", begin_step}, {"attend", attend},
+                   {"endStep", end_step},     {"close", close},
+                   {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read}};
+  for (const auto& entry : functions) {
+    napi_value function;
+    if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||
+        napi_set_named_property(env, exports, entry.name, function) != napi_ok)
+      return nullptr;
+  }
+  return exports;
+}

@@ -1,0 +1,112 @@
+// Owns the plain data that the addon, the scheduler and the SIMD kernels share: shapes, tiles, scratch, the kernel table.
+//
+// Invariants
+// 1. Nothing here has code that a SIMD translation unit could compile with its own -m flags and share with another:
+//    only constants and aggregates (no inline functions with external linkage, no std:: templates).
+// 2. Slab layout: [layer][block][kvHead]{ K transposed [headDim][blockSizeTokens], V [blockSizeTokens][headDim] }.
+//    K is transposed so that a score needs no horizontal sum: one vector register holds one dimension of many tokens.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace lamina {
+
+constexpr int kMaxHeadDim = 256;
+/** Query rows (query x head of the group) that share one pass over KV. */
+constexpr int kTileRows = 32;
+/** Rows whose scores are in flight at once; the micro kernel's register tile is at most this high. */
+constexpr int kChunkRows = 8;
+/** Tokens whose scores are computed before one softmax update. */
+constexpr int kStepTokens = 64;
+/** Row strides in floats; constants, so that the micro kernels address all rows from one register. */
+constexpr int kRowStride = kMaxHeadDim + 16;
+constexpr int kScoreStride = kStepTokens + 16;
+/** Widest vector of any variant, in floats. */
+constexpr int kMaxLanes = 16;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLn2 = 0.69314718055994530942;
+/** Running maximum before any key was seen: finite, so that subtracting it never makes NaN. */
+constexpr float kNoScore = -1e30f;
+
+struct KvShape {
+  int32_t num_layers;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_size_tokens;
+  float scale;
+  bool is_f16;
+};
+
+struct BlockRef {
+  int32_t physical_block;
+  int32_t first_position;
+  int32_t num_tokens;
+};
+
+/** Some query rows of one KV head against some blocks of one segment. Row r is query (row_begin + r) / group. */
+struct TileTask {
+  /** K of this layer and KV head in physical block 0. */
+  const uint8_t* kv;
+  size_t block_stride_bytes;
+  size_t v_offset_bytes;
+  const BlockRef* blocks;
+  int32_t num_blocks;
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t group;
+  /** Absolute position of query 0 of the segment. */
+  int32_t first_position;
+  int32_t head_dim;
+  int32_t block_size_tokens;
+};
+
+/** One per worker thread; every pointer 64-byte aligned. */
+struct Scratch {
+  /** [kTileRows][kRowStride]: queries times scale * log2(e). */
+  float* q;
+  /** [kChunkRows][kScoreStride]. */
+  float* scores;
+  /** [kTileRows][kRowStride]: sum of p * v, not normalized. */
+  float* acc;
+  /** [kTileRows]: running maximum in log2 units. */
+  float* maximum;
+  /** [kTileRows][kMaxLanes]: sums of p per lane; lane 0 holds the total when attend_tile returns. */
+  float* sum;
+};
+
+/** Where one token's K or V of one KV head goes. */
+struct StoreTask {
+  /** headDim float32 at any alignment. */
+  const uint8_t* source;
+  uint8_t* target;
+  int32_t head_dim;
+  /** Distance between elements in the target: blockSizeTokens for K, 1 for V. */
+  int32_t stride_elements;
+};
+
+struct SimdKernel {
+  /** As in AttentionKernel.name. */
+  const char* name;
+  /** As in createKernel's `simd`. */
+  const char* simd;
+  /** blockSizeTokens and headDim must be multiples of this. */
+  int32_t lanes;
+  void (*attend_tile_f16)(const TileTask&, const Scratch&);
+  void (*attend_tile_f32)(const TileTask&, const Scratch&);
+  void (*store_f16)(const StoreTask&);
+  void (*store_f32)(const StoreTask&);
+  /** Reads every byte (a multiple of 256, 64-byte aligned) and adds it up: the bandwidth that attention is measured against. */
+  float (*bare_read)(const uint8_t* bytes, size_t num_bytes);
+};
+
+#if defined(__x86_64__)
+extern const SimdKernel kAvx512Kernel;
+extern const SimdKernel kAvx2Kernel;
+#endif
+#if defined(__aarch64__)
+extern const SimdKernel kNeonKernel;
+#endif
+extern const SimdKernel kScalarKernel;
+
+}  // namespace lamina

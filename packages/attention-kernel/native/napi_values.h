@@ -1,0 +1,88 @@
+// Owns the reading of JavaScript arguments. Every failure leaves a JavaScript exception pending and returns false / null.
+#pragma once
+#include <node_api.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lamina {
+
+inline napi_value fail(napi_env env, const char* message) {
+  bool pending = false;
+  napi_is_exception_pending(env, &pending);
+  if (!pending) napi_throw_error(env, nullptr, message);
+  return nullptr;
+}
+
+/** The arguments of one call; false unless exactly `count` were given. */
+inline bool read_arguments(napi_env env, napi_callback_info info, size_t count, napi_value* values) {
+  size_t given = count;
+  if (napi_get_cb_info(env, info, &given, values, nullptr, nullptr) == napi_ok && given == count) return true;
+  fail(env, "wrong number of arguments");
+  return false;
+}
+
+inline bool read_int32(napi_env env, napi_value value, int32_t* out) {
+  if (napi_get_value_int32(env, value, out) == napi_ok) return true;
+  fail(env, "expected an integer");
+  return false;
+}
+
+inline bool read_double(napi_env env, napi_value value, double* out) {
+  if (napi_get_value_double(env, value, out) == napi_ok) return true;
+  fail(env, "expected a number");
+  return false;
+}
+
+inline bool read_bool(napi_env env, napi_value value, bool* out) {
+  if (napi_get_value_bool(env, value, out) == napi_ok) return true;
+  fail(env, "expected a boolean");
+  return false;
+}
+
+inline bool read_string(napi_env env, napi_value value, std::string* out) {
+  char buffer[32];
+  size_t length = 0;
+  if (napi_get_value_string_utf8(env, value, buffer, sizeof buffer, &length) != napi_ok) {
+    fail(env, "expected a string");
+    return false;
+  }
+  out->assign(buffer, length);
+  return true;
+}
+
+/** The memory of a typed array of exactly this type; `length` in elements. */
+inline bool read_typed_array(napi_env env, napi_value value, napi_typedarray_type wanted, void** data, size_t* length) {
+  bool is_typed_array = false;
+  napi_typedarray_type type = napi_int8_array;
+  if (napi_is_typedarray(env, value, &is_typed_array) == napi_ok && is_typed_array &&
+      napi_get_typedarray_info(env, value, &type, length, data, nullptr, nullptr) == napi_ok && type == wanted)
+    return true;
+  fail(env, "expected another type of typed array");
+  return false;
+}
+
+inline bool read_int32_array(napi_env env, napi_value value, std::vector<int32_t>* out) {
+  void* data = nullptr;
+  size_t length = 0;
+  if (!read_typed_array(env, value, napi_int32_array, &data, &length)) return false;
+  const int32_t* first = static_cast<const int32_t*>(data);
+  if (length > 0) out->assign(first, first + length);
+  return true;
+}
+
+/** A pointer that this addon wrapped in an external and tagged with `magic` in its first field. */
+template <class T>
+T* read_external(napi_env env, napi_value value) {
+  napi_valuetype type = napi_undefined;
+  void* data = nullptr;
+  if (napi_typeof(env, value, &type) == napi_ok && type == napi_external &&
+      napi_get_value_external(env, value, &data) == napi_ok && data != nullptr &&
+      static_cast<T*>(data)->magic == T::kMagic)
+    return static_cast<T*>(data);
+  fail(env, "expected a handle of another kind");
+  return nullptr;
+}
+
+}  // namespace lamina

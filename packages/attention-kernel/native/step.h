@@ -1,0 +1,62 @@
+// Owns what is the same for all layers of a step: the plan's copy and its division into work units.
+//
+// A unit is (segment, KV head, tile of query rows, range of blocks). Units of one (segment, head, tile) form a group; a
+// group of several units keeps their partial (acc, maximum, sum) and whoever finishes last merges them exactly.
+//
+// Invariants
+// 1. Indices were checked in TypeScript (plan-check.ts); nothing is checked here.
+// 2. A step's partials are used by one attend at a time (the pool runs one job at a time).
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention_types.h"
+
+namespace lamina {
+
+struct Segment {
+  int32_t query_row_start;
+  int32_t num_queries;
+  int32_t first_position;
+  int32_t block_start;
+  int32_t num_blocks;
+};
+
+struct Group {
+  int32_t segment;
+  int32_t kv_head;
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t num_units;
+  /** First of num_units partials of num_rows x (headDim + 2) floats each; unused when num_units is 1. */
+  size_t partial_offset;
+};
+
+struct Unit {
+  int32_t group;
+  int32_t index_in_group;
+  int32_t block_begin;
+  int32_t block_end;
+};
+
+struct Step {
+  Step(const KvShape& shape, int32_t num_threads, int32_t num_query_rows, int32_t num_kv_rows,
+       std::vector<Segment> segments, std::vector<BlockRef> blocks, std::vector<int32_t> kv_slots);
+
+  int32_t num_query_rows;
+  int32_t num_kv_rows;
+  std::vector<Segment> segments;
+  std::vector<BlockRef> blocks;
+  std::vector<int32_t> kv_slots;
+  std::vector<Group> groups;
+  std::vector<Unit> units;
+  std::vector<float> partials;
+  /** Units of each group that have not finished in the current attend. */
+  std::unique_ptr<std::atomic<int32_t>[]> pending;
+  int32_t rows_per_store_unit;
+  int32_t num_store_units;
+};
+
+}  // namespace lamina

@@ -1,0 +1,284 @@
+// Owns the attention of one tile, written once over a vector type V; each simd_*.cc instantiates it with its own flags.
+//
+// Both halves of attention are the same small matrix product: scores = q x Kt and acc += p x V, so there is one micro
+// kernel (R rows x NV vectors, accumulated in registers) and both run at its speed. Scores are kept in log2 units
+// (queries are pre-scaled by scale * log2 e), so that exp is exp2.
+//
+// Invariants
+// 1. Everything is in an unnamed namespace: two variants of one template must never be merged by the linker.
+// 2. The KV of a step (kStepTokens) is read from memory once per tile; while the first rows of the tile use it, the same
+//    rows of the next step are prefetched.
+// 3. V rows past the valid tokens are never read: a stale NaN there must not reach 0 * NaN. Stale K lanes are masked.
+// 4. A row that sees no key ends with sum 0 and acc 0.
+#pragma once
+#include "attention_types.h"
+
+namespace lamina {
+namespace {
+
+#define LAMINA_INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+struct TileKernel {
+  using Reg = typename V::Reg;
+  static constexpr int W = V::kLanes;
+
+  /** A run of at most kStepTokens tokens of one block. */
+  struct Piece {
+    const T* k;
+    const T* v;
+    int32_t first_position;
+    int32_t num_tokens;
+    int32_t columns;
+  };
+
+  /** Walks the blocks of a task, one step at a time. */
+  struct Cursor {
+    const TileTask* task;
+    int32_t block;
+    int32_t num_blocks;
+    int32_t offset;
+
+    LAMINA_INLINE int fill(Piece* pieces) {
+      const int bs = task->block_size_tokens;
+      int count = 0;
+      int columns = 0;
+      while (block < num_blocks) {
+        int width = bs - offset;
+        if (width > kStepTokens) width = kStepTokens;
+        if (columns + width > kStepTokens) break;
+        const BlockRef& ref = task->blocks[block];
+        const uint8_t* base = task->kv + size_t(ref.physical_block) * task->block_stride_bytes;
+        Piece& piece = pieces[count++];
+        piece.k = reinterpret_cast<const T*>(base) + offset;
+        piece.v = reinterpret_cast<const T*>(base + task->v_offset_bytes) + ptrdiff_t(offset) * task->head_dim;
+        piece.first_position = ref.first_position + offset;
+        int tokens = ref.num_tokens - offset;
+        piece.num_tokens = tokens < 0 ? 0 : tokens < width ? tokens : width;
+        piece.columns = width;
+        columns += width;
+        offset += width;
+        if (offset >= bs) {
+          offset = 0;
+          block++;
+        }
+      }
+      return count;
+    }
+  };
+  static constexpr int kMaxPieces = kStepTokens / 8;
+
+  /** c[R][NV*W] (+)= a[R][depth] x b[depth][NV*W]; strides in elements. `ahead`: bytes from b to what is prefetched. */
+  template <int R, int NV, int LdA, int LdC, bool Accumulate>
+  static LAMINA_INLINE void micro(const float* a, int depth, const T* b, ptrdiff_t ldb, float* c, ptrdiff_t ahead) {
+    constexpr int U = R * NV == 1 ? 8 : R * NV <= 2 ? 4 : R * NV <= 4 ? 2 : 1;
+    constexpr int kRowBytes = NV * W * int(sizeof(T));
+    Reg sum[U][R][NV];
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) sum[u][r][j] = Accumulate && u == 0 ? V::load(c + r * LdC + j * W) : V::zero();
+    int i = 0;
+    for (; i + U <= depth; i += U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; u++) {
+        Reg row[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) row[j] = V::load(b + j * W);
+#pragma GCC unroll 8
+        for (int line = 0; line < kRowBytes; line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + line, 0, V::kPrefetchLocality);
+        b += ldb;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const Reg x = V::broadcast(a + r * LdA + i + u);
+#pragma GCC unroll 8
+          for (int j = 0; j < NV; j++) sum[u][r][j] = V::fma(x, row[j], sum[u][r][j]);
+        }
+      }
+    }
+    if (U > 1) {
+      for (; i < depth; i++) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+          for (int j = 0; j < NV; j++)
+            sum[0][r][j] = V::fma(V::broadcast(a + r * LdA + i), V::load(b + j * W), sum[0][r][j]);
+        b += ldb;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        Reg total = sum[0][r][j];
+#pragma GCC unroll 8
+        for (int u = 1; u < U; u++) total = V::add(total, sum[u][r][j]);
+        V::store(c + r * LdC + j * W, total);
+      }
+  }
+
+  /** The micro kernel over all columns, widest register tile first. */
+  template <int R, int NV, int LdA, int LdC, bool Accumulate>
+  static LAMINA_INLINE void product(const float* a, int depth, const T* b, ptrdiff_t ldb, float* c, int columns,
+                                    ptrdiff_t ahead) {
+    int j = 0;
+    for (; j + NV * W <= columns; j += NV * W)
+      micro<R, NV, LdA, LdC, Accumulate>(a, depth, b + j, ldb, c + j, ahead);
+    if constexpr (NV > 1)
+      if (j < columns) product<R, NV / 2, LdA, LdC, Accumulate>(a, depth, b + j, ldb, c + j, columns - j, ahead);
+  }
+
+  static LAMINA_INLINE int32_t position(const TileTask& task, int row) {
+    return task.first_position + (task.row_begin + row) / task.group;
+  }
+
+  /** Scores of `columns` tokens become weights p; maximum, sum and acc of the row follow. */
+  static LAMINA_INLINE void softmax(float* scores, int columns, float* maximum, float* sum, float* acc, int head_dim) {
+    Reg top = V::load(scores);
+    for (int j = W; j < columns; j += W) top = V::max(V::load(scores + j), top);
+    Reg m = V::set1(*maximum);
+    Reg total = V::load(sum);
+    if (V::any_greater(top, m)) {
+      const float next = V::reduce_max(top);
+      const Reg decay = V::exp2(V::set1(*maximum - next));
+      *maximum = next;
+      m = V::set1(next);
+      total = V::mul(total, decay);
+      for (int j = 0; j < head_dim; j += W) V::store(acc + j, V::mul(V::load(acc + j), decay));
+    }
+    for (int j = 0; j < columns; j += W) {
+      const Reg p = V::exp2(V::sub(V::load(scores + j), m));
+      total = V::add(total, p);
+      V::store(scores + j, p);
+    }
+    V::store(sum, total);
+  }
+
+  /** R rows of the tile against one step of KV. */
+  template <int R>
+  static __attribute__((noinline)) void rows(const TileTask& task, const Scratch& scratch, int row0, const Piece* pieces,
+                                             int num_pieces, const Piece* next, int num_next) {
+    constexpr int NV = V::template vectors<R>();
+    const int head_dim = task.head_dim;
+    const int bs = task.block_size_tokens;
+    const float* q = scratch.q + row0 * kRowStride;
+    float* acc = scratch.acc + row0 * kRowStride;
+    const int32_t last_position = position(task, row0 + R - 1);
+    int columns = 0;
+    for (int i = 0; i < num_pieces; i++) {
+      const Piece& piece = pieces[i];
+      float* scores = scratch.scores + columns;
+      columns += piece.columns;
+      if (piece.first_position > last_position) {
+        for (int r = 0; r < R; r++)
+          for (int t = 0; t < piece.columns; t++) scores[r * kScoreStride + t] = -__builtin_inff();
+        continue;
+      }
+      const ptrdiff_t ahead =
+          i < num_next ? reinterpret_cast<const char*>(next[i].k) - reinterpret_cast<const char*>(piece.k) : 0;
+      product<R, NV, kRowStride, kScoreStride, false>(q, head_dim, piece.k, bs, scores, piece.columns, ahead);
+      if (piece.num_tokens == piece.columns && position(task, row0) - piece.first_position + 1 >= piece.columns) continue;
+      for (int r = 0; r < R; r++) {
+        int visible = position(task, row0 + r) - piece.first_position + 1;
+        if (visible < 0) visible = 0;
+        if (visible > piece.num_tokens) visible = piece.num_tokens;
+        for (int t = visible; t < piece.columns; t++) scores[r * kScoreStride + t] = -__builtin_inff();
+      }
+    }
+    for (int r = 0; r < R; r++)
+      softmax(scratch.scores + r * kScoreStride, columns, scratch.maximum + row0 + r,
+              scratch.sum + (row0 + r) * kMaxLanes, acc + r * kRowStride, head_dim);
+    columns = 0;
+    for (int i = 0; i < num_pieces; i++) {
+      const Piece& piece = pieces[i];
+      const float* p = scratch.scores + columns;
+      columns += piece.columns;
+      int tokens = last_position - piece.first_position + 1;
+      if (tokens > piece.num_tokens) tokens = piece.num_tokens;
+      if (tokens <= 0) continue;
+      const ptrdiff_t ahead =
+          i < num_next ? reinterpret_cast<const char*>(next[i].v) - reinterpret_cast<const char*>(piece.v) : 0;
+      product<R, NV, kScoreStride, kRowStride, true>(p, tokens, piece.v, head_dim, acc, head_dim, ahead);
+    }
+  }
+
+  static void attend_tile(const TileTask& task, const Scratch& scratch) {
+    const int num_rows = task.num_rows;
+    for (int r = 0; r < num_rows; r++) {
+      scratch.maximum[r] = kNoScore;
+      for (int j = 0; j < W; j += W) V::store(scratch.sum + r * kMaxLanes, V::zero());
+      for (int j = 0; j < task.head_dim; j += W) V::store(scratch.acc + r * kRowStride + j, V::zero());
+    }
+    Cursor cursor{&task, 0, task.num_blocks, 0};
+    const int32_t last_position = position(task, num_rows - 1);
+    while (cursor.num_blocks > 0 && task.blocks[cursor.num_blocks - 1].first_position > last_position)
+      cursor.num_blocks--;
+    Piece buffers[2][kMaxPieces];
+    int current = 0;
+    int count = cursor.fill(buffers[0]);
+    while (count > 0) {
+      const Piece* pieces = buffers[current];
+      const Piece* next = buffers[1 - current];
+      const int num_next = cursor.fill(buffers[1 - current]);
+      for (int row = 0; row < num_rows; row += kChunkRows) {
+        const int ahead = row == 0 ? num_next : 0;
+        switch (num_rows - row) {
+          case 1: rows<1>(task, scratch, row, pieces, count, next, ahead); break;
+          case 2: rows<2>(task, scratch, row, pieces, count, next, ahead); break;
+          case 3: rows<3>(task, scratch, row, pieces, count, next, ahead); break;
+          case 4: rows<4>(task, scratch, row, pieces, count, next, ahead); break;
+          case 5: rows<5>(task, scratch, row, pieces, count, next, ahead); break;
+          case 6: rows<6>(task, scratch, row, pieces, count, next, ahead); break;
+          case 7: rows<7>(task, scratch, row, pieces, count, next, ahead); break;
+          default: rows<8>(task, scratch, row, pieces, count, next, ahead); break;
+        }
+      }
+      current = 1 - current;
+      count = num_next;
+    }
+    for (int r = 0; r < num_rows; r++) {
+      float* sum = scratch.sum + r * kMaxLanes;
+      float total = 0;
+      for (int j = 0; j < W; j++) total += sum[j];
+      sum[0] = total;
+    }
+  }
+
+  static void store(const StoreTask& task) {
+    T* target = reinterpret_cast<T*>(task.target);
+    alignas(64) T row[kMaxHeadDim];
+    for (int d = 0; d < task.head_dim; d += W) V::convert(task.source + size_t(d) * 4, row + d);
+    const ptrdiff_t stride = task.stride_elements;
+    for (int d = 0; d < task.head_dim; d++) target[d * stride] = row[d];
+  }
+};
+
+template <class V>
+float bare_read(const uint8_t* bytes, size_t num_bytes) {
+  typename V::Reg sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  const float* at = reinterpret_cast<const float*>(bytes);
+  const float* end = at + num_bytes / 4;
+  for (; at < end; at += 4 * V::kLanes)
+    for (int j = 0; j < 4; j++) sum[j] = V::add(sum[j], V::load(at + j * V::kLanes));
+  return V::reduce_max(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
+}
+
+/** Coefficients of 2^f on [-0.5, 0.5], relative error 2e-7, highest power first. */
+constexpr float kExp2[7] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                            2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+
+#define LAMINA_DEFINE_KERNEL(SYMBOL, NAME, SIMD, V)                                                       \
+  const SimdKernel SYMBOL = {NAME,                                                                        \
+                             SIMD,                                                                        \
+                             V::kLanes,                                                                   \
+                             TileKernel<V, V::Half>::attend_tile,                                         \
+                             TileKernel<V, float>::attend_tile,                                           \
+                             TileKernel<V, V::Half>::store,                                               \
+                             TileKernel<V, float>::store,                                                 \
+                             bare_read<V>};
+
+}  // namespace
+}  // namespace lamina

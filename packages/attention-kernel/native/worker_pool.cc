@@ -1,0 +1,81 @@
+// Owns the worker threads and the FIFO of jobs (see worker_pool.h).
+#include "worker_pool.h"
+
+#include <utility>
+
+namespace lamina {
+
+WorkerPool::WorkerPool(const Engine& engine, int32_t num_threads, std::function<void(uint32_t)> on_done)
+    : engine_(engine), on_done_(std::move(on_done)), scratch_(size_t(num_threads)) {
+  try {
+    threads_.reserve(size_t(num_threads));
+    for (int32_t worker = 0; worker < num_threads; worker++) threads_.emplace_back([this, worker] { run(worker); });
+  } catch (...) {
+    stop();
+    throw;
+  }
+}
+
+WorkerPool::~WorkerPool() { stop(); }
+
+void WorkerPool::stop() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+void WorkerPool::submit(Job job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  jobs_.push_back(std::move(job));
+  if (phase_ != Phase::kIdle) return;
+  advance();
+  if (num_units_ == 1) changed_.notify_one();
+}
+
+void WorkerPool::advance() {
+  for (;;) {
+    if (phase_ == Phase::kAttend) {
+      on_done_(jobs_.front().id);
+      jobs_.pop_front();
+      phase_ = Phase::kIdle;
+    }
+    if (phase_ == Phase::kIdle) {
+      if (jobs_.empty()) return;
+      phase_ = Phase::kStore;
+      num_units_ = jobs_.front().step->num_store_units;
+    } else {
+      phase_ = Phase::kAttend;
+      num_units_ = int32_t(jobs_.front().step->units.size());
+    }
+    next_unit_ = 0;
+    finished_units_ = 0;
+    if (num_units_ > 0) break;
+  }
+  if (num_units_ > 1) changed_.notify_all();
+}
+
+void WorkerPool::run(int32_t worker) {
+  const Scratch& scratch = scratch_[size_t(worker)].view();
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return stopping_ || has_unit(); });
+    if (stopping_) return;
+    const int32_t unit = next_unit_++;
+    const Phase phase = phase_;
+    // The front job stays in place until all its units, this one included, have finished.
+    const Job& job = jobs_.front();
+    lock.unlock();
+    if (phase == Phase::kStore)
+      run_store_unit(engine_, job, unit);
+    else
+      run_attend_unit(engine_, job, unit, scratch);
+    lock.lock();
+    if (++finished_units_ == num_units_) advance();
+  }
+}
+
+}  // namespace lamina

@@ -1,0 +1,56 @@
+// Owns the worker threads and the FIFO of jobs.
+//
+// Invariants
+// 1. One job runs at a time, in two phases: store, then attend. A phase starts when every unit of the last has finished.
+// 2. Units are claimed under the mutex: they last tens of microseconds, a claim tens of nanoseconds, and there are no
+//    claims of a past phase to guard against.
+// 3. An idle worker sleeps on the condition variable; a phase with one unit wakes nobody.
+// 4. `on_done` is called in FIFO order, from a worker, with the mutex held: it must only hand the id over.
+#pragma once
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "attend_job.h"
+
+namespace lamina {
+
+class WorkerPool {
+ public:
+  /** Throws std::system_error or std::bad_alloc when threads or scratch cannot be had. */
+  WorkerPool(const Engine& engine, int32_t num_threads, std::function<void(uint32_t)> on_done);
+  /** Finishes the units in progress, drops queued jobs, joins. */
+  ~WorkerPool();
+  WorkerPool(const WorkerPool&) = delete;
+  WorkerPool& operator=(const WorkerPool&) = delete;
+
+  void submit(Job job);
+  int32_t num_threads() const { return int32_t(scratch_.size()); }
+
+ private:
+  enum class Phase { kIdle, kStore, kAttend };
+
+  void run(int32_t worker);
+  void stop();
+  /** Moves to the next phase that has units, through finished jobs. The caller holds the mutex and takes a lone unit. */
+  void advance();
+  bool has_unit() const { return phase_ != Phase::kIdle && next_unit_ < num_units_; }
+
+  const Engine engine_;
+  const std::function<void(uint32_t)> on_done_;
+  std::vector<WorkerScratch> scratch_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Job> jobs_;
+  Phase phase_ = Phase::kIdle;
+  int32_t next_unit_ = 0;
+  int32_t finished_units_ = 0;
+  int32_t num_units_ = 0;
+  bool stopping_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace lamina

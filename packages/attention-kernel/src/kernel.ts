@@ -1,0 +1,76 @@
+/**
+ * Owns the interface of paged attention: what an attention shard sees of either kernel.
+ *
+ * Invariants
+ * 1. Both kernels give the same results within float32 rounding, and the same errors.
+ * 2. A plan is checked once per step (beginStep); attend trusts it.
+ * 3. `done` is called asynchronously, exactly once per attend that returned, in the order of the attends.
+ */
+import type { KvLayout } from '@lamina/tensor';
+
+/** Which queries of one step see which blocks; the same for all layers of the step. Never mutated by the kernel. */
+export interface StepPlan {
+  readonly numQueryRows: number;
+  readonly numKvRows: number;
+  /**
+   * [numSegments, 5] int32: queryRowStart, numQueries, firstPosition (absolute position of the first query; the rest are
+   * consecutive), blockStart, numBlocks (range in `blocks`). One segment per request. A query row that belongs to no
+   * segment sees no key.
+   */
+  readonly segments: Int32Array;
+  /**
+   * [numBlockRefs, 3] int32: physicalBlock, firstPosition (absolute position of the block's first token, a multiple of
+   * blockSizeTokens), numTokens (valid tokens in the block after this step's append). Ordered by firstPosition inside a
+   * segment; positions may have holes, because a request's other blocks live on other shards.
+   */
+  readonly blocks: Int32Array;
+  /** [numKvRows] int32: physicalBlock * blockSizeTokens + offset, where row i of k and v is stored before attention runs. */
+  readonly kvSlots: Int32Array;
+}
+
+/** A checked plan, opaque but for the plan itself. */
+export interface KernelStep {
+  readonly plan: StepPlan;
+}
+
+export type SimdVariant = 'avx512' | 'avx2' | 'neon' | 'scalar';
+
+export type KernelName = 'native-avx512' | 'native-avx2' | 'native-neon' | 'native-scalar' | 'portable';
+
+export interface AttentionKernel {
+  readonly name: KernelName;
+  readonly layout: KvLayout;
+  readonly numBlocks: number;
+
+  /** Checks every index of the plan; throws LaminaError('protocol_violation') naming the bad entry. */
+  beginStep(plan: StepPlan): KernelStep;
+
+  /**
+   * Stores k and v at kvSlots of `layer`, then computes attention of every query row over the keys of its segment's
+   * blocks whose absolute position is at most the query's.
+   *
+   * @param qkv Raw little-endian bytes at any alignment: q [numQueryRows, numHeads, headDim] f32, then
+   * k [numKvRows, numKvHeads, headDim] f32, then v likewise. Must stay unchanged until `done`.
+   * @param out Raw bytes at any alignment: o [numQueryRows, numHeads, headDim] f32, normalized over the keys seen here,
+   * then lse [numQueryRows, numHeads] f32, the natural log-sum-exp of the scaled scores. A query that sees no key here
+   * gets o = 0 and lse = -Infinity. Valid from `done` on; must not overlap qkv.
+   * @param done Called later on the event loop. Wrong byte lengths, a wrong layer and ended handles throw at once instead.
+   */
+  attend(step: KernelStep, layer: number, qkv: Uint8Array, out: Uint8Array, done: (error: Error | null) => void): void;
+
+  /** No attend may follow with this step; attends in flight still finish. */
+  endStep(step: KernelStep): void;
+
+  /** Refuses further work, waits for the attends in flight, frees the slab. */
+  close(): Promise<void>;
+}
+
+export interface CreateKernelOptions {
+  readonly layout: KvLayout;
+  readonly numBlocks: number;
+  /** Worker threads of the native kernel; the portable kernel runs on the event loop. */
+  readonly numThreads: number;
+  readonly kind: 'auto' | 'native' | 'portable';
+  /** Forces one SIMD variant of the native kernel; for tests. */
+  readonly simd?: SimdVariant;
+}

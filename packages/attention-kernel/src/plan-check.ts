@@ -1,0 +1,164 @@
+/**
+ * Owns the checks that stand between messages from other machines and kernels that index memory.
+ *
+ * Invariants
+ * 1. A CheckedPlan has no index outside the slab, q, k, v or out, whatever the plan said.
+ * 2. Every query row belongs to exactly one segment of a CheckedPlan (rows of no request get a segment without blocks).
+ * 3. No two kv rows share a slot, and no two blocks of a segment share a position.
+ */
+import { type KvLayout, LaminaError } from '@lamina/tensor';
+import type { StepPlan } from './kernel.ts';
+
+export const SEGMENT_FIELDS = 5;
+export const BLOCK_FIELDS = 3;
+const MAX_POSITION = 2 ** 31 - 1;
+
+/** A copy of a plan that kernels may trust; the arrays are as in StepPlan. */
+export interface CheckedPlan {
+  readonly numQueryRows: number;
+  readonly numKvRows: number;
+  readonly segments: Int32Array;
+  readonly blocks: Int32Array;
+  readonly kvSlots: Int32Array;
+}
+
+function violation(what: string): LaminaError {
+  return new LaminaError('protocol_violation', `attention step plan: ${what}`);
+}
+
+function checkCount(name: string, value: number): void {
+  if (!Number.isInteger(value) || value < 0 || value > MAX_POSITION) {
+    throw violation(`${name} is ${value}; it must be an integer of at least 0`);
+  }
+}
+
+function checkBlocks(blocks: Int32Array, layout: KvLayout, numBlocks: number): void {
+  const blockSize = layout.blockSizeTokens;
+  for (let i = 0; i < blocks.length; i += BLOCK_FIELDS) {
+    const where = `blocks[${i / BLOCK_FIELDS}]`;
+    const physicalBlock = blocks[i]!;
+    const firstPosition = blocks[i + 1]!;
+    const numTokens = blocks[i + 2]!;
+    if (physicalBlock < 0 || physicalBlock >= numBlocks) {
+      throw violation(`${where} has physicalBlock ${physicalBlock}; this shard has ${numBlocks} blocks`);
+    }
+    if (firstPosition < 0 || firstPosition % blockSize !== 0 || firstPosition > MAX_POSITION - blockSize) {
+      throw violation(`${where} has firstPosition ${firstPosition}; it must be a multiple of ${blockSize}`);
+    }
+    if (numTokens < 0 || numTokens > blockSize) {
+      throw violation(`${where} has numTokens ${numTokens}; a block holds at most ${blockSize}`);
+    }
+  }
+}
+
+function checkSegments(plan: CheckedPlan): Uint8Array {
+  const { segments, blocks, numQueryRows } = plan;
+  const numBlockRefs = blocks.length / BLOCK_FIELDS;
+  const covered = new Uint8Array(numQueryRows);
+  for (let i = 0; i < segments.length; i += SEGMENT_FIELDS) {
+    const where = `segments[${i / SEGMENT_FIELDS}]`;
+    const queryRowStart = segments[i]!;
+    const numQueries = segments[i + 1]!;
+    const firstPosition = segments[i + 2]!;
+    const blockStart = segments[i + 3]!;
+    const numSegmentBlocks = segments[i + 4]!;
+    if (queryRowStart < 0 || numQueries < 0 || queryRowStart + numQueries > numQueryRows) {
+      throw violation(`${where} covers rows ${queryRowStart} + ${numQueries} of ${numQueryRows}`);
+    }
+    if (firstPosition < 0 || firstPosition > MAX_POSITION - numQueries) {
+      throw violation(`${where} has firstPosition ${firstPosition}`);
+    }
+    if (blockStart < 0 || numSegmentBlocks < 0 || blockStart + numSegmentBlocks > numBlockRefs) {
+      throw violation(`${where} uses blocks ${blockStart} + ${numSegmentBlocks} of ${numBlockRefs}`);
+    }
+    for (let row = queryRowStart; row < queryRowStart + numQueries; row++) {
+      if (covered[row] === 1) throw violation(`${where} covers query row ${row}, which another segment has`);
+      covered[row] = 1;
+    }
+    let previous = -1;
+    for (let block = blockStart; block < blockStart + numSegmentBlocks; block++) {
+      const position = blocks[block * BLOCK_FIELDS + 1]!;
+      if (position <= previous) {
+        throw violation(`blocks[${block}] has firstPosition ${position}, not above ${previous} before it in ${where}`);
+      }
+      previous = position;
+    }
+  }
+  return covered;
+}
+
+function checkSlots(kvSlots: Int32Array, numSlots: number): void {
+  const seen = new Set<number>();
+  for (let row = 0; row < kvSlots.length; row++) {
+    const slot = kvSlots[row]!;
+    if (slot < 0 || slot >= numSlots) {
+      throw violation(`kvSlots[${row}] is ${slot}; this shard has ${numSlots} slots`);
+    }
+    seen.add(slot);
+    if (seen.size !== row + 1) throw violation(`kvSlots[${row}] is ${slot}, which an earlier row has`);
+  }
+}
+
+/** `segments` plus one segment without blocks per run of rows that no segment covers. */
+function coverAllRows(segments: Int32Array, covered: Uint8Array): Int32Array {
+  const added: number[] = [];
+  for (let row = covered.indexOf(0); row >= 0; ) {
+    let end = covered.indexOf(1, row);
+    if (end < 0) end = covered.length;
+    added.push(row, end - row, 0, 0, 0);
+    row = covered.indexOf(0, end);
+  }
+  if (added.length === 0) return segments;
+  const all = new Int32Array(segments.length + added.length);
+  all.set(segments);
+  all.set(added, segments.length);
+  return all;
+}
+
+/** Copies the plan and checks the copy. Throws LaminaError('protocol_violation') naming the first bad entry. */
+export function checkPlan(plan: StepPlan, layout: KvLayout, numBlocks: number): CheckedPlan {
+  checkCount('numQueryRows', plan.numQueryRows);
+  checkCount('numKvRows', plan.numKvRows);
+  const copy: CheckedPlan = {
+    numQueryRows: plan.numQueryRows,
+    numKvRows: plan.numKvRows,
+    segments: plan.segments.slice(),
+    blocks: plan.blocks.slice(),
+    kvSlots: plan.kvSlots.slice(),
+  };
+  if (copy.segments.length % SEGMENT_FIELDS !== 0) {
+    throw violation(`segments has ${copy.segments.length} numbers, not a multiple of ${SEGMENT_FIELDS}`);
+  }
+  if (copy.blocks.length % BLOCK_FIELDS !== 0) {
+    throw violation(`blocks has ${copy.blocks.length} numbers, not a multiple of ${BLOCK_FIELDS}`);
+  }
+  if (copy.kvSlots.length !== copy.numKvRows) {
+    throw violation(`kvSlots has ${copy.kvSlots.length} numbers for ${copy.numKvRows} kv rows`);
+  }
+  checkBlocks(copy.blocks, layout, numBlocks);
+  const covered = checkSegments(copy);
+  checkSlots(copy.kvSlots, numBlocks * layout.blockSizeTokens);
+  return { ...copy, segments: coverAllRows(copy.segments, covered) };
+}
+
+/** Throws unless `layer`, `qkv` and `out` fit the step. */
+export function checkAttend(
+  plan: CheckedPlan,
+  layout: KvLayout,
+  layer: number,
+  qkv: Uint8Array,
+  out: Uint8Array,
+): void {
+  if (!Number.isInteger(layer) || layer < 0 || layer >= layout.numLayers) {
+    throw new LaminaError('protocol_violation', `attend: layer ${layer} of a model with ${layout.numLayers} layers`);
+  }
+  const cells = plan.numQueryRows * layout.numHeads;
+  const qkvBytes = 4 * layout.headDim * (cells + 2 * plan.numKvRows * layout.numKvHeads);
+  if (qkv.byteLength !== qkvBytes) {
+    throw new LaminaError('protocol_violation', `attend: qkv has ${qkv.byteLength} bytes, the step needs ${qkvBytes}`);
+  }
+  const outBytes = 4 * cells * (layout.headDim + 1);
+  if (out.byteLength !== outBytes) {
+    throw new LaminaError('protocol_violation', `attend: out has ${out.byteLength} bytes, the step needs ${outBytes}`);
+  }
+}

@@ -1,0 +1,170 @@
+/**
+ * Owns the membership of this shard: heartbeats, the layout it is given, its lives.
+ *
+ * Invariants
+ * 1. Registered with memory only in the life that the kv-manager knows: told that it is unknown, or given another
+ *    layout, the shard ends that life and begins another under a new id.
+ * 2. One heartbeat is under way at a time; while nobody answers it is tried for ever, and logged once.
+ */
+import { ENDPOINTS, type ShardHeartbeatReply } from '@lamina/protocol';
+import type { RunningService } from '@lamina/runtime';
+import { asLaminaError, type KvLayout } from '@lamina/tensor';
+import { Incarnation, type ShardContext } from './incarnation.ts';
+import { ShardStats } from './shard-stats.ts';
+
+export type { ShardContext } from './incarnation.ts';
+
+const RETRY_MS = 1000;
+/** The services of a cluster start together: look again soon at first. */
+const FIRST_RETRY_MS = 100;
+const NUM_FIRST_RETRIES = 20;
+const MIN_HEARTBEAT_TIMEOUT_MS = 500;
+const LEAVE_TIMEOUT_MS = 1000;
+
+class ShardMember {
+  readonly #context: ShardContext;
+  readonly #stats: ShardStats;
+  #life: Incarnation | undefined;
+  #numLives = 0;
+  #shardId: string;
+  #isStopping = false;
+  #numFailures = 0;
+  #heartbeatIntervalMs = RETRY_MS;
+  #timer: NodeJS.Timeout | undefined;
+  #beating: Promise<void> = Promise.resolve();
+
+  constructor(context: ShardContext, stats: ShardStats) {
+    this.#context = context;
+    this.#stats = stats;
+    this.#shardId = context.instanceId;
+  }
+
+  get shardId(): string {
+    return this.#shardId;
+  }
+
+  get kernelName(): string {
+    return this.#life?.kernelName ?? 'none';
+  }
+
+  /** Resolves after the first heartbeat, answered or not. */
+  start(): Promise<void> {
+    this.#beating = this.#beat().then(
+      () => this.#schedule(),
+      (cause: unknown) => this.#context.fail(cause),
+    );
+    return this.#beating;
+  }
+
+  async stop(): Promise<void> {
+    this.#isStopping = true;
+    clearTimeout(this.#timer);
+    await this.#beating;
+    const life = this.#life;
+    if (life === undefined) return;
+    await this.#context.bus
+      .request(ENDPOINTS.shardLeave, { shardId: life.shardId }, { timeoutMs: LEAVE_TIMEOUT_MS })
+      .catch((cause: unknown) => this.#context.log.debug({ err: asLaminaError(cause) }, 'could not say goodbye'));
+    await life.end();
+  }
+
+  #schedule(): void {
+    if (this.#isStopping) return;
+    const isStarting = this.#numFailures > 0 && this.#numFailures <= NUM_FIRST_RETRIES && this.#life === undefined;
+    const delayMs =
+      this.#numFailures === 0
+        ? this.#heartbeatIntervalMs
+        : isStarting
+          ? FIRST_RETRY_MS
+          : Math.min(RETRY_MS, this.#heartbeatIntervalMs);
+    this.#timer = setTimeout(() => {
+      this.#life?.plane.dropIdle();
+      void this.start();
+    }, delayMs);
+  }
+
+  async #beat(): Promise<void> {
+    for (;;) {
+      const reply = await this.#request();
+      if (reply === undefined || this.#isStopping) return;
+      this.#heartbeatIntervalMs = reply.heartbeatIntervalMs;
+      this.#stats.usedBlocks = reply.usedBlocks;
+      this.#stats.usedBlocksPeak = reply.usedBlocksPeak;
+      if (this.#life !== undefined && (!reply.known || !sameLayout(this.#life.layout, reply.layout)))
+        await this.#endLife();
+      else if (this.#life === undefined && reply.layout !== null) this.#beginLife(reply.layout);
+      else return;
+      // Something changed: say so now, not a heartbeat later.
+    }
+  }
+
+  async #request(): Promise<ShardHeartbeatReply | undefined> {
+    const { bus, config, log } = this.#context;
+    try {
+      const reply = await bus.request(
+        ENDPOINTS.shardHeartbeat,
+        {
+          shardId: this.#shardId,
+          budgetBytes: config.kvBudgetBytes,
+          kernel: this.kernelName,
+          numBlocks: this.#life?.numBlocks ?? null,
+        },
+        { timeoutMs: Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#heartbeatIntervalMs) },
+      );
+      if (this.#numFailures > 0) log.info({ numFailures: this.#numFailures }, 'kv-manager answers');
+      this.#numFailures = 0;
+      return reply;
+    } catch (cause) {
+      this.#numFailures++;
+      if (this.#numFailures === 1)
+        log.warn({ reason: asLaminaError(cause).message }, 'no answer from the kv-manager; trying again');
+      return undefined;
+    }
+  }
+
+  #beginLife(layout: KvLayout): void {
+    this.#life = new Incarnation(this.#context, this.#shardId, layout, this.#stats);
+    this.#stats.numBlocks = this.#life.numBlocks;
+  }
+
+  async #endLife(): Promise<void> {
+    const life = this.#life;
+    this.#life = undefined;
+    this.#shardId = `${this.#context.instanceId}-${++this.#numLives}`;
+    this.#context.log.warn({ former: life?.shardId, shardId: this.#shardId }, 'KV given up; joining anew');
+    await life?.end();
+  }
+}
+
+function sameLayout(a: KvLayout, b: KvLayout | null): boolean {
+  return (
+    b !== null &&
+    a.numLayers === b.numLayers &&
+    a.numHeads === b.numHeads &&
+    a.numKvHeads === b.numKvHeads &&
+    a.headDim === b.headDim &&
+    a.scale === b.scale &&
+    a.blockSizeTokens === b.blockSizeTokens &&
+    a.kvDtype === b.kvDtype
+  );
+}
+
+export async function startAttentionShard(context: ShardContext): Promise<RunningService> {
+  const stats = new ShardStats(context.registry);
+  const member = new ShardMember(context, stats);
+  await member.start();
+  return {
+    stats: () => ({
+      shardId: member.shardId,
+      kernel: member.kernelName,
+      numBlocks: stats.numBlocks,
+      blocksUsed: stats.usedBlocks,
+      blocksUsedPeak: stats.usedBlocksPeak,
+      attends: stats.attends,
+      tokensAttended: stats.tokensAttended,
+      attendSeconds: stats.attendSeconds,
+      bytesRead: stats.bytesRead,
+    }),
+    stop: () => member.stop(),
+  };
+}

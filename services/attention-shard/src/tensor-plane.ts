@@ -1,0 +1,216 @@
+/**
+ * Owns the tensor plane of a shard: plans and layers in, partial outputs and failures out.
+ *
+ * Invariants
+ * 1. The path of a layer finds its step by two accesses, makes no promise, logs nothing and copies nothing: the kernel
+ *    reads the received chunk and writes behind the header of the answer.
+ * 2. Whatever comes in, the plane goes on: a frame that cannot be used is counted, and answered with a failure where
+ *    the sender is known.
+ * 3. A layer that is in flight is not started again; another layer of the same wave is a violation.
+ */
+import type { AttentionKernel } from '@lamina/attention-kernel';
+import {
+  decodeStepPlan,
+  emptyFrameHeader,
+  FRAME_HEADER_BYTES,
+  FRAME_KIND,
+  FrameAssembler,
+  type FrameHeader,
+  packMessage,
+  readFrameHeader,
+  splitFrame,
+  writeFrameHeader,
+} from '@lamina/protocol';
+import type { Logger } from '@lamina/runtime';
+import { asLaminaError, kvBytesPerToken, LaminaError } from '@lamina/tensor';
+import { Origins } from './origins.ts';
+import type { ShardStats } from './shard-stats.ts';
+import { WaveStep } from './wave.ts';
+
+/** What the plane needs of a bus. */
+export interface PlaneBus {
+  readonly maxPayloadBytes: number;
+  publish(subject: string, data: Uint8Array): void;
+}
+
+export interface TensorPlaneOptions {
+  readonly kernel: AttentionKernel;
+  readonly bus: PlaneBus;
+  readonly log: Logger;
+  readonly stats: ShardStats;
+}
+
+/** One message as it came: `reply` is read from plans only. */
+export interface PlaneMessage {
+  readonly data: Uint8Array;
+  readonly reply: string | undefined;
+}
+
+const ORIGIN_IDLE_MS = 600_000;
+/** Origins whose plans may come split at a time. */
+const MAX_SPLIT_PLANS = 32;
+/** Failures of one kind in a row are logged at most this often. */
+const LOG_INTERVAL_MS = 1000;
+
+export class TensorPlane {
+  readonly #kernel: AttentionKernel;
+  readonly #bus: PlaneBus;
+  readonly #log: Logger;
+  readonly #stats: ShardStats;
+  readonly #bytesPerTokenLayer: number;
+  readonly #origins = new Origins((step) => this.#endStep(step));
+  /** Plans that come split, by origin: a sender does not interleave messages. Bounded, oldest first. */
+  readonly #planAssemblers = new Map<number, FrameAssembler>();
+  /** Of the frame that is being handled. */
+  readonly #header: FrameHeader = emptyFrameHeader();
+  readonly #onDone = (step: WaveStep, error: Error | null): void => this.#finish(step, error);
+  #loggedAtMs = Number.NEGATIVE_INFINITY;
+  #isClosing = false;
+
+  constructor(options: TensorPlaneOptions) {
+    this.#kernel = options.kernel;
+    this.#bus = options.bus;
+    this.#log = options.log;
+    this.#stats = options.stats;
+    this.#bytesPerTokenLayer = kvBytesPerToken(options.kernel.layout) / options.kernel.layout.numLayers;
+  }
+
+  onMessage(message: PlaneMessage): void {
+    const header = this.#header;
+    const { data } = message;
+    try {
+      readFrameHeader(data, header);
+    } catch (cause) {
+      this.#refuse(emptyFrameHeader(), message.reply, cause);
+      return;
+    }
+    const step = this.#origins.find(header.originId, header.waveIndex);
+    try {
+      if (this.#isClosing) throw new LaminaError('unavailable', 'this shard gives its memory up');
+      if (header.kind === FRAME_KIND.attend) this.#attend(data, header, step);
+      else if (header.kind === FRAME_KIND.plan) this.#plan(data, header, message.reply);
+      else throw new LaminaError('protocol_violation', `a shard takes plans and layers, not kind ${header.kind}`);
+    } catch (cause) {
+      this.#refuse(header, step?.replySubject ?? message.reply, cause);
+    }
+  }
+
+  /** Forgets origins that went away. Call now and then. */
+  dropIdle(): void {
+    this.#origins.dropIdle(performance.now(), ORIGIN_IDLE_MS);
+  }
+
+  /** Takes no more frames; layers in flight are still answered. Waits for them and closes the kernel. */
+  async close(): Promise<void> {
+    this.#isClosing = true;
+    await this.#kernel.close();
+    this.#origins.clear();
+  }
+
+  #attend(frame: Uint8Array, header: FrameHeader, step: WaveStep | undefined): void {
+    const { layer } = header;
+    if (step === undefined || step.stepId !== header.stepId) throw unknownStep(header, step);
+    if (step.layerInFlight >= 0) {
+      if (step.layerInFlight === layer) return;
+      throw new LaminaError('protocol_violation', `layer ${layer} came while layer ${step.layerInFlight} is in flight`);
+    }
+    if (header.bodyBytes !== step.attendBytes)
+      throw new LaminaError(
+        'protocol_violation',
+        `layer ${layer} has ${header.bodyBytes} bytes of q, k and v; its plan needs ${step.attendBytes}`,
+      );
+    const body = step.memory.assembler.push(frame, header);
+    if (body === undefined) return;
+    step.receivedAtMs = performance.now();
+    step.layerInFlight = layer;
+    try {
+      this.#kernel.attend(step.kernelStep, layer, body, step.partial, step.onDone);
+    } catch (cause) {
+      step.layerInFlight = -1;
+      throw cause;
+    }
+    this.#stats.queueDepth++;
+  }
+
+  #finish(step: WaveStep, error: Error | null): void {
+    const stats = this.#stats;
+    stats.queueDepth--;
+    step.header.layer = step.layerInFlight;
+    step.layerAnswered();
+    if (step.isEnded) return;
+    if (error !== null) {
+      this.#refuse(step.header, step.replySubject, error);
+      return;
+    }
+    const { answer } = step;
+    writeFrameHeader(answer, step.header);
+    this.#send(step.replySubject, answer, step.header);
+    const seconds = (performance.now() - step.receivedAtMs) / 1000;
+    stats.attended(step.numQueryRows, step.numKvTokens, step.numKvTokens * this.#bytesPerTokenLayer, seconds);
+  }
+
+  #plan(frame: Uint8Array, header: FrameHeader, reply: string | undefined): void {
+    if (reply === undefined)
+      throw new LaminaError('protocol_violation', 'a plan must name the subject for its partial outputs as its reply');
+    const body = this.#joinPlan(frame, header);
+    if (body === undefined) return;
+    const plan = decodeStepPlan(body);
+    this.#origins.replace(
+      header.originId,
+      header.waveIndex,
+      this.#kernel.layout.numLayers,
+      performance.now(),
+      (memory) => new WaveStep(this.#kernel, plan, header, reply, memory, this.#onDone),
+    );
+  }
+
+  /** The body of a plan, when it is complete. */
+  #joinPlan(frame: Uint8Array, header: FrameHeader): Uint8Array | undefined {
+    if (frame.length - FRAME_HEADER_BYTES === header.bodyBytes) return frame.subarray(FRAME_HEADER_BYTES);
+    let assembler = this.#planAssemblers.get(header.originId);
+    if (assembler === undefined) {
+      assembler = new FrameAssembler();
+      for (const oldest of this.#planAssemblers.keys()) {
+        if (this.#planAssemblers.size < MAX_SPLIT_PLANS) break;
+        this.#planAssemblers.delete(oldest);
+      }
+      this.#planAssemblers.set(header.originId, assembler);
+    }
+    return assembler.push(frame, header);
+  }
+
+  #endStep(step: WaveStep): void {
+    step.isEnded = true;
+    // Layers in flight still finish; theirs is the last reference to the memory.
+    this.#kernel.endStep(step.kernelStep);
+  }
+
+  #send(subject: string, message: Uint8Array, header: FrameHeader): void {
+    const { maxPayloadBytes } = this.#bus;
+    if (message.length <= maxPayloadBytes) this.#bus.publish(subject, message);
+    else for (const frame of splitFrame(message, header, maxPayloadBytes)) this.#bus.publish(subject, frame);
+  }
+
+  #refuse(header: FrameHeader, replySubject: string | undefined, cause: unknown): void {
+    const error = asLaminaError(cause);
+    this.#stats.failures++;
+    const nowMs = performance.now();
+    if (nowMs - this.#loggedAtMs >= LOG_INTERVAL_MS) {
+      this.#loggedAtMs = nowMs;
+      const { originId, waveIndex, stepId, layer } = header;
+      this.#log.warn({ err: error, originId, waveIndex, stepId, layer }, 'tensor frame refused');
+    }
+    if (replySubject === undefined) return;
+    const body = packMessage({ code: error.code, message: error.message });
+    const message = new Uint8Array(FRAME_HEADER_BYTES + body.length);
+    message.set(body, FRAME_HEADER_BYTES);
+    const failure: FrameHeader = { ...header, kind: FRAME_KIND.failure, bodyBytes: body.length, partOffset: 0 };
+    writeFrameHeader(message, failure);
+    this.#send(replySubject, message, failure);
+  }
+}
+
+function unknownStep(header: FrameHeader, step: WaveStep | undefined): LaminaError {
+  const known = step === undefined ? 'no plan of this wave is known' : `the wave's plan is of step ${step.stepId}`;
+  return new LaminaError('protocol_violation', `layer ${header.layer} of step ${header.stepId}: ${known}`);
+}

@@ -1,0 +1,118 @@
+/**
+ * Owns one step of one wave on this shard, and the memory that its layers pass through.
+ *
+ * Invariants
+ * 1. A wave has at most one layer in flight, so one memory serves all layers of a step. It is free for the next layer:
+ *    nats.js copies what is published in a microtask (several pieces are packed into one chunk before the socket sees
+ *    them), and the executor's next message cannot come before the answer to this one has left. While the connection is
+ *    down nats.js keeps views instead, but then nothing comes in either.
+ * 2. The memory goes on to the next step only when the last layer of this one has been answered. A step that was
+ *    abandoned keeps its memory until its job is done; the next step gets new memory.
+ * 3. Nothing is allocated per layer.
+ */
+import type { AttentionKernel, KernelStep } from '@lamina/attention-kernel';
+import {
+  attendBytes,
+  BLOCK_FIELDS,
+  emptyFrameHeader,
+  FRAME_HEADER_BYTES,
+  FRAME_KIND,
+  FrameAssembler,
+  type FrameHeader,
+  partialBytes,
+  SEGMENT_FIELDS,
+  type StepPlan,
+} from '@lamina/protocol';
+
+/** What a step's layers pass through: parts of a message that came split, and the answer with its header in front. */
+export class WaveMemory {
+  readonly assembler = new FrameAssembler();
+  #bytes = new Uint8Array(0);
+
+  /** Memory of `numBytes`, the same from call to call while it is large enough. */
+  answer(numBytes: number): Uint8Array {
+    if (this.#bytes.length < numBytes) this.#bytes = new Uint8Array(numBytes);
+    return this.#bytes.subarray(0, numBytes);
+  }
+}
+
+export class WaveStep {
+  readonly memory: WaveMemory;
+  readonly kernelStep: KernelStep;
+  readonly stepId: number;
+  /** Where partial outputs go. */
+  readonly replySubject: string;
+  /** Bytes of q, k and v of one layer. */
+  readonly attendBytes: number;
+  readonly numQueryRows: number;
+  /** KV tokens that the queries of one layer see on this shard. */
+  readonly numKvTokens: number;
+  /** Called by the kernel; made once per step. */
+  readonly onDone: (error: Error | null) => void;
+  /** Header of the next answer: the plan's, with the layer in flight. */
+  readonly header: FrameHeader = emptyFrameHeader();
+  /** -1 when none is. */
+  layerInFlight = -1;
+  receivedAtMs = 0;
+  /** Set when another plan took its place, or the origin went away. */
+  isEnded = false;
+  readonly #answerBytes: number;
+  #layerAnswered = -1;
+  #answer: Uint8Array | undefined;
+  #partial: Uint8Array | undefined;
+
+  constructor(
+    kernel: AttentionKernel,
+    plan: StepPlan,
+    planHeader: FrameHeader,
+    replySubject: string,
+    memory: WaveMemory,
+    onDone: (step: WaveStep, error: Error | null) => void,
+  ) {
+    const { numHeads, numKvHeads, headDim } = kernel.layout;
+    this.kernelStep = kernel.beginStep(plan);
+    this.memory = memory;
+    this.stepId = planHeader.stepId;
+    this.replySubject = replySubject;
+    this.attendBytes = attendBytes(plan, numHeads, numKvHeads, headDim);
+    this.numQueryRows = plan.numQueryRows;
+    this.numKvTokens = countKvTokens(plan);
+    this.onDone = (error) => onDone(this, error);
+    const bodyBytes = partialBytes(plan.numQueryRows, numHeads, headDim);
+    this.#answerBytes = FRAME_HEADER_BYTES + bodyBytes;
+    Object.assign(this.header, planHeader, { kind: FRAME_KIND.partial, bodyBytes, partOffset: 0 });
+  }
+
+  /** Header and partial output in one buffer. Made at the first layer: a plan alone must not cost memory. */
+  get answer(): Uint8Array {
+    this.#answer ??= this.memory.answer(this.#answerBytes);
+    return this.#answer;
+  }
+
+  /** Where the kernel writes: o, then lse. */
+  get partial(): Uint8Array {
+    this.#partial ??= this.answer.subarray(FRAME_HEADER_BYTES);
+    return this.#partial;
+  }
+
+  layerAnswered(): void {
+    this.#layerAnswered = this.layerInFlight;
+    this.layerInFlight = -1;
+  }
+
+  /** Memory for the step that takes this one's place. */
+  memoryForNext(numLayers: number): WaveMemory {
+    return this.layerInFlight < 0 && this.#layerAnswered === numLayers - 1 ? this.memory : new WaveMemory();
+  }
+}
+
+function countKvTokens(plan: StepPlan): number {
+  const { segments, blocks } = plan;
+  let numTokens = 0;
+  for (let i = 0; i < segments.length; i += SEGMENT_FIELDS) {
+    const blockStart = segments[i + 3]!;
+    const blockEnd = blockStart + segments[i + 4]!;
+    for (let block = blockStart; block < blockEnd; block++) numTokens += blocks[block * BLOCK_FIELDS + 2]!;
+  }
+  return numTokens;
+}

@@ -1,0 +1,193 @@
+/** The tensor plane against a kernel that finishes when the test says so. */
+import type { AttentionKernel, StepPlan as KernelPlan, KernelStep } from '@lamina/attention-kernel';
+import {
+  attendBytes,
+  emptyFrameHeader,
+  encodeStepPlan,
+  FRAME_HEADER_BYTES,
+  FRAME_KIND,
+  type FrameHeader,
+  readFrameHeader,
+  type StepPlan,
+  unpackMessage,
+  writeFrameHeader,
+} from '@lamina/protocol';
+import { createLogger, Registry } from '@lamina/runtime';
+import { type KvLayout, LaminaError } from '@lamina/tensor';
+import { expect, test } from 'vitest';
+import { ShardStats } from '../src/shard-stats.ts';
+import { TensorPlane } from '../src/tensor-plane.ts';
+
+const LAYOUT: KvLayout = {
+  numLayers: 2,
+  numHeads: 2,
+  numKvHeads: 1,
+  headDim: 8,
+  scale: 1,
+  blockSizeTokens: 8,
+  kvDtype: 'f32',
+};
+const PLAN: StepPlan = {
+  numQueryRows: 1,
+  numKvRows: 1,
+  segments: Int32Array.of(0, 1, 2, 0, 1),
+  blocks: Int32Array.of(0, 0, 3),
+  kvSlots: Int32Array.of(2),
+};
+
+class FakeKernel implements AttentionKernel {
+  readonly name = 'portable';
+  readonly layout = LAYOUT;
+  readonly numBlocks = 4;
+  readonly attends: { layer: number; qkv: Uint8Array; out: Uint8Array; done: (error: Error | null) => void }[] = [];
+  readonly open = new Set<KernelStep>();
+
+  beginStep(plan: KernelPlan): KernelStep {
+    const step = { plan };
+    this.open.add(step);
+    return step;
+  }
+
+  attend(_: KernelStep, layer: number, qkv: Uint8Array, out: Uint8Array, done: (error: Error | null) => void): void {
+    this.attends.push({ layer, qkv, out, done });
+  }
+
+  endStep(step: KernelStep): void {
+    if (!this.open.delete(step)) throw new Error('a step ended twice');
+  }
+
+  close(): Promise<void> {
+    return Promise.resolve();
+  }
+}
+
+function setUp() {
+  const kernel = new FakeKernel();
+  const sent: { subject: string; data: Uint8Array; header: FrameHeader }[] = [];
+  const stats = new ShardStats(new Registry());
+  const plane = new TensorPlane({
+    kernel,
+    bus: {
+      maxPayloadBytes: 1_048_576,
+      publish: (subject, data) => {
+        const header = emptyFrameHeader();
+        readFrameHeader(data, header);
+        sent.push({ subject, data, header });
+      },
+    },
+    log: createLogger({ level: 'silent', service: 'attention-shard', instance: 'test' }),
+    stats,
+  });
+  const frame = (message: Uint8Array, overrides: Partial<FrameHeader>): Uint8Array => {
+    const bodyBytes = message.length - FRAME_HEADER_BYTES;
+    writeFrameHeader(message, { ...emptyFrameHeader(), originId: 1, stepId: 1, bodyBytes, ...overrides });
+    return message;
+  };
+  const sendPlan = (overrides: Partial<FrameHeader> = {}, reply: string | undefined = 'worker'): void =>
+    plane.onMessage({ data: frame(encodeStepPlan(PLAN), { kind: FRAME_KIND.plan, ...overrides }), reply });
+  const sendLayer = (layer: number, overrides: Partial<FrameHeader> = {}): Uint8Array => {
+    const message = new Uint8Array(FRAME_HEADER_BYTES + attendBytes(PLAN, 2, 1, 8));
+    plane.onMessage({ data: frame(message, { kind: FRAME_KIND.attend, layer, ...overrides }), reply: undefined });
+    return message;
+  };
+  return { kernel, sent, stats, plane, sendPlan, sendLayer };
+}
+
+test('a layer costs no copy: the kernel reads the received bytes and writes what is published', () => {
+  const { kernel, sent, sendPlan, sendLayer, stats } = setUp();
+  sendPlan();
+  const message = sendLayer(0);
+  const { qkv, out, done } = kernel.attends[0]!;
+  expect(qkv.buffer).toBe(message.buffer);
+  expect(stats.queueDepth).toBe(1);
+  out.fill(7);
+  done(null);
+  expect(sent[0]).toMatchObject({ subject: 'worker', header: { kind: FRAME_KIND.partial, layer: 0, stepId: 1 } });
+  expect(sent[0]!.data.buffer).toBe(out.buffer);
+  expect(sent[0]!.data.subarray(FRAME_HEADER_BYTES).every((byte) => byte === 7)).toBe(true);
+  sendLayer(1);
+  expect(kernel.attends[1]!.out).toBe(out);
+  kernel.attends[1]!.done(null);
+  expect(stats).toMatchObject({ attends: 2, tokensAttended: 6, bytesRead: 6 * 64, queueDepth: 0 });
+});
+
+test('memory goes on to the next step after the last layer, and not before', () => {
+  const { kernel, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  sendLayer(0);
+  sendPlan({ stepId: 2 });
+  sendLayer(0, { stepId: 2 });
+  expect(kernel.attends[1]!.out.buffer).not.toBe(kernel.attends[0]!.out.buffer);
+  kernel.attends[1]!.done(null);
+  sendLayer(1, { stepId: 2 });
+  kernel.attends[2]!.done(null);
+  sendPlan({ stepId: 3 });
+  sendLayer(0, { stepId: 3 });
+  expect(kernel.attends[3]!.out.buffer).toBe(kernel.attends[1]!.out.buffer);
+  expect(kernel.open.size).toBe(1);
+});
+
+test('the answer of a step that was replaced is not sent', () => {
+  const { kernel, sent, stats, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  sendLayer(0);
+  sendPlan({ stepId: 2 });
+  kernel.attends[0]!.done(null);
+  expect(sent).toEqual([]);
+  expect(stats.queueDepth).toBe(0);
+});
+
+test('a kernel error is answered as a failure of its layer', () => {
+  const { kernel, sent, stats, sendPlan, sendLayer } = setUp();
+  sendPlan({ waveIndex: 3, shardIndex: 2 });
+  sendLayer(1, { waveIndex: 3 });
+  kernel.attends[0]!.done(new LaminaError('internal', 'out of luck'));
+  expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.failure, layer: 1, waveIndex: 3, shardIndex: 2 });
+  expect(unpackMessage(sent[0]!.data.subarray(FRAME_HEADER_BYTES))).toEqual({
+    code: 'internal',
+    message: 'out of luck',
+  });
+  expect(stats.failures).toBe(1);
+  sendLayer(1, { waveIndex: 3 });
+  expect(kernel.attends).toHaveLength(2);
+});
+
+test('a duplicate in flight is ignored; another layer in flight, an answer, and a plan without reply are refused', () => {
+  const { kernel, sent, stats, plane, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  sendLayer(0);
+  sendLayer(0);
+  expect(kernel.attends).toHaveLength(1);
+  expect(sent).toEqual([]);
+  sendLayer(1);
+  expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.failure, layer: 1 });
+  sendLayer(0, { kind: FRAME_KIND.partial });
+  expect(sent[1]!.header.kind).toBe(FRAME_KIND.failure);
+  plane.onMessage({ data: encodeStepPlan(PLAN), reply: undefined });
+  expect(stats.failures).toBe(3);
+});
+
+test('origins are bounded: the one without a plan for longest makes room', () => {
+  const { kernel, sent, sendPlan, sendLayer } = setUp();
+  for (let originId = 1; originId <= 256; originId++) sendPlan({ originId });
+  sendPlan({ originId: 1, stepId: 2 });
+  sendPlan({ originId: 257 });
+  expect(kernel.open.size).toBe(256);
+  sendLayer(0, { originId: 1, stepId: 2 });
+  expect(kernel.attends).toHaveLength(1);
+  sendLayer(0, { originId: 2 });
+  expect(kernel.attends).toHaveLength(1);
+  expect(sent).toEqual([]);
+});
+
+test('after close nothing is started', async () => {
+  const { kernel, sent, plane, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  await plane.close();
+  sendLayer(0);
+  expect(kernel.attends).toEqual([]);
+  expect(kernel.open.size).toBe(0);
+  expect(sent).toEqual([]);
+  sendPlan();
+  expect(unpackMessage(sent[0]!.data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable' });
+});

@@ -1,0 +1,126 @@
+/**
+ * Owns the start and stop of a dense-executor: model, workers, registration, the loop that leases work.
+ */
+import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
+import { buildModel, loadTokenizer, readModel } from '@lamina/model';
+import { SUBJECTS } from '@lamina/protocol';
+import type { RunningService, ServiceContext } from '@lamina/runtime';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { Executor } from './executor.ts';
+import { KvClient } from './kv-client.ts';
+import { ExecutorMetrics } from './metrics.ts';
+import { Scheduler } from './scheduling/scheduler.ts';
+import { WorkerPool } from './worker-pool.ts';
+
+/** How long a stop waits for running requests before they go back to the queue. */
+const DRAIN_TIMEOUT_MS = 10_000;
+/** One pull from the work queue waits so long; an idle executor asks once per that time. */
+const LEASE_WAIT_MS = 30_000;
+
+export async function startDenseExecutor(context: ServiceContext): Promise<RunningService> {
+  const { bus, config, log, registry, instanceId } = context;
+  const description = await readModel(config.model);
+  const [tokenizer, built] = await Promise.all([
+    loadTokenizer(config.model),
+    buildModel(config.model, { cacheDir: config.cacheDir }),
+    ensureStreams(bus),
+  ]);
+  const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker);
+  const metrics = new ExecutorMetrics(registry, {
+    running: () => executor.numRequests,
+    waves: () => executor.numWavesInFlight,
+  });
+  const onError = (cause: unknown): void => log.error({ err: asLaminaError(cause) }, 'bus failed');
+  const executor: Executor = new Executor({
+    description,
+    tokenizer,
+    scheduler,
+    tokens: new TokenStream(bus, onError),
+    metrics,
+    log,
+    maxRunningRequests: config.maxRunningRequests,
+  });
+  const pool = await WorkerPool.start(
+    {
+      numWorkers: config.denseWorkers,
+      wavesPerWorker: config.wavesPerWorker,
+      executorId: instanceId,
+      worker: {
+        natsUrl: config.natsUrl,
+        natsConnectTimeoutMs: config.natsConnectTimeoutMs,
+        stagedGraphPath: built.stagedGraphPath,
+        intraOpThreads: config.intraOpThreads,
+        gatherTimeoutMs: config.gatherTimeoutMs,
+        dims: { ...description.attention, hiddenSize: description.hiddenSize, vocabSize: description.vocabSize },
+      },
+    },
+    {
+      onStepDone: (wave, result) => executor.onStepDone(wave, result),
+      onStepFailed: (wave, result) => executor.onStepFailed(wave, result),
+      onComplaint: onError,
+      onDeath: context.fail,
+    },
+  );
+  const kv = new KvClient(
+    {
+      bus,
+      executorId: instanceId,
+      modelId: description.modelId,
+      spec: description.attention,
+      requestTimeoutMs: config.requestTimeoutMs,
+      log,
+      fail: context.fail,
+    },
+    executor,
+  );
+  const layout = await kv.register();
+  executor.connect(kv, pool, layout);
+  bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => executor.cancel(subject.slice(subject.lastIndexOf('.') + 1)));
+  log.info(
+    {
+      model: description.modelId,
+      stages: description.numStages,
+      weightBytes: built.weightBytes,
+      workers: config.denseWorkers,
+      waves: pool.numWaves,
+      layout,
+    },
+    'model loaded',
+  );
+
+  let isStopping = false;
+  const queue = new WorkQueue(bus);
+  const leasing = async (): Promise<void> => {
+    while (!isStopping) {
+      await executor.room();
+      if (isStopping) return;
+      try {
+        const lease = await queue.lease(LEASE_WAIT_MS, onError);
+        if (lease === undefined) continue;
+        if (isStopping) lease.release();
+        else executor.admit(lease);
+      } catch (cause) {
+        if (isStopping) return;
+        onError(new LaminaError('unavailable', 'the work queue gives nothing; trying again', { cause }));
+        await new Promise((resolve) => setTimeout(resolve, 1_000));
+      }
+    }
+  };
+  void leasing();
+
+  return {
+    stats: () => ({
+      model: description.modelId,
+      runningRequests: executor.numRequests,
+      wavesInFlight: executor.numWavesInFlight,
+      waves: pool.numWaves,
+    }),
+    stop: async () => {
+      isStopping = true;
+      await Promise.race([executor.empty(), new Promise((resolve) => setTimeout(resolve, DRAIN_TIMEOUT_MS))]);
+      executor.releaseAll();
+      await kv.stop();
+      await pool.stop();
+    },
+  };
+}

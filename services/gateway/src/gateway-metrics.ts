@@ -1,0 +1,59 @@
+/**
+ * Owns the gateway's own series in /metrics.
+ */
+import { Counter, DURATION_BUCKETS_S, Gauge, Histogram, type Registry } from '@lamina/runtime';
+
+export interface GatewayMetrics {
+  /** Label `outcome`: stop, length, cancelled, or an error code. */
+  readonly requests: Counter<'outcome'>;
+  readonly tokens: Counter;
+  readonly repairs: Counter;
+  /** Label `reason`: no_reply, bad_cancel_id. */
+  readonly ignored: Counter<'reason'>;
+  readonly timeToFirstTokenSeconds: Histogram;
+  readonly interTokenSeconds: Histogram;
+}
+
+export function createGatewayMetrics(registry: Registry, openRequests: () => number): GatewayMetrics {
+  const registers = [registry];
+  new Gauge({
+    name: 'lamina_gateway_open_requests',
+    help: 'Requests that are being answered',
+    registers,
+    collect() {
+      this.set(openRequests());
+    },
+  });
+  return {
+    requests: new Counter({
+      name: 'lamina_gateway_requests_total',
+      help: 'Answered requests by finish reason or error code',
+      labelNames: ['outcome'],
+      registers,
+    }),
+    tokens: new Counter({ name: 'lamina_gateway_tokens_total', help: 'Tokens relayed to clients', registers }),
+    repairs: new Counter({
+      name: 'lamina_gateway_repairs_total',
+      help: 'Answers that were read again from the stream after a gap or a reconnection',
+      registers,
+    }),
+    ignored: new Counter({
+      name: 'lamina_gateway_ignored_total',
+      help: 'Messages that nobody could be answered for',
+      labelNames: ['reason'],
+      registers,
+    }),
+    timeToFirstTokenSeconds: new Histogram({
+      name: 'lamina_gateway_time_to_first_token_seconds',
+      help: 'From the arrival of the prompt to its first token',
+      buckets: DURATION_BUCKETS_S,
+      registers,
+    }),
+    interTokenSeconds: new Histogram({
+      name: 'lamina_gateway_inter_token_seconds',
+      help: 'Between two messages of one answer, per token',
+      buckets: DURATION_BUCKETS_S,
+      registers,
+    }),
+  };
+}

@@ -1,0 +1,247 @@
+/**
+ * Owns one open request between its admission and its last token: work item in, tokens out, cancel, deadline.
+ *
+ * Invariants
+ * 1. Tokens are followed before the work item is submitted, and none is relayed before the queue has taken the item.
+ * 2. The sink gets every token exactly once and in order, and exactly one last message, whatever is lost or redelivered.
+ * 3. After a gap the stream is the only source: it is replayed from its start, and what was relayed already is dropped.
+ * 4. The executor's last message is authoritative. The gateway writes one only for a request without tokens whose work
+ *    item it has removed from the queue; both then have the same Nats-Msg-Id, so the stream keeps one.
+ * 5. Once closed, it holds no subscription and no timer.
+ */
+import type { BusMessage, Subscription } from '@lamina/bus';
+import {
+  decodeTokens,
+  type ErrorBody,
+  encodeTokens,
+  type TokenMessage,
+  type WireEncoding,
+  type WorkItem,
+} from '@lamina/protocol';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+
+/** Where the answer goes: the inbox of a NATS client, or an HTTP reply. Must not throw. */
+export interface AnswerSink {
+  /** `bytes` are `messages` in the request's encoding, valid only during the call. */
+  send(messages: readonly TokenMessage[], bytes: Uint8Array, isFinal: boolean): void;
+}
+
+/** What a relay needs of the bus. */
+export interface RelayLinks {
+  readonly tokens: {
+    follow(requestId: string, callback: (message: Pick<BusMessage, 'data'>) => void): Subscription;
+    replay(requestId: string, callback: (data: Uint8Array) => void): Promise<Subscription>;
+    publish(tokens: readonly TokenMessage[], encoding: WireEncoding): Promise<boolean>;
+  };
+  readonly queue: { submit(item: WorkItem): Promise<number>; remove(sequence: number): Promise<boolean> };
+  /** Tells the executors, wherever the request may be. */
+  readonly publishCancel: (requestId: string) => void;
+}
+
+export interface RelayEvents {
+  readonly onTokens: (count: number) => void;
+  readonly onRepair: () => void;
+  /** `outcome`: the finish reason, or the error code. */
+  readonly onClosed: (relay: Relay, outcome: string) => void;
+}
+
+/** How long an executor has to answer a cancel or a deadline before the gateway does. */
+export const EXECUTOR_ANSWER_MS = 300;
+const CANCEL_RETRY_MS = 1_000;
+const REPLAY_RETRY_MS = 500;
+const MAX_TIMER_MS = 2 ** 31 - 1;
+
+type Phase = 'admitting' | 'submitting' | 'open' | 'closed';
+
+export class Relay {
+  readonly id: string;
+  readonly #encoding: WireEncoding;
+  readonly #sink: AnswerSink;
+  readonly #links: RelayLinks;
+  readonly #events: RelayEvents;
+  readonly #timers = new Set<NodeJS.Timeout>();
+  /** Received while the queue has not confirmed the item. */
+  readonly #early: Uint8Array[] = [];
+  #phase: Phase = 'admitting';
+  #nextIndex = 0;
+  #promptTokens = 0;
+  #sequence = 0;
+  #isCancelling = false;
+  #source: Subscription | undefined;
+  #isReplaying = false;
+
+  constructor(id: string, encoding: WireEncoding, sink: AnswerSink, links: RelayLinks, events: RelayEvents) {
+    this.id = id;
+    this.#encoding = encoding;
+    this.#sink = sink;
+    this.#links = links;
+    this.#events = events;
+  }
+
+  get isClosed(): boolean {
+    return this.#phase === 'closed';
+  }
+
+  /** Puts the work item into the queue. Never rejects: what goes wrong is the client's answer. */
+  async submit(item: WorkItem): Promise<void> {
+    if (this.#phase !== 'admitting') return;
+    this.#phase = 'submitting';
+    this.#promptTokens = item.tokenIds.length;
+    this.#source = this.#links.tokens.follow(this.id, (message) => this.#receive(message.data));
+    try {
+      this.#sequence = await this.#links.queue.submit(item);
+    } catch (cause) {
+      const error = asLaminaError(cause);
+      // The queue may have taken it although it did not say so.
+      if (error.code === 'unavailable') this.#links.publishCancel(this.id);
+      this.fail(error);
+      return;
+    }
+    if (this.isClosed) return;
+    this.#phase = 'open';
+    for (const data of this.#early.splice(0)) this.#receive(data);
+    if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
+    if (item.deadlineAtMs !== null) {
+      const remainingMs = Math.max(0, item.deadlineAtMs - Date.now());
+      this.#after(remainingMs + EXECUTOR_ANSWER_MS, () => this.#giveUp('deadline_exceeded'));
+    }
+  }
+
+  /** Somebody published on the cancel subject, which executors hear as well. */
+  cancel(): void {
+    if (this.#isCancelling || this.isClosed) return;
+    this.#isCancelling = true;
+    if (this.#phase === 'admitting') this.#deliver([this.#lastMessage('cancelled')]);
+    if (this.#phase === 'open') this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
+  }
+
+  /** Ends the request with an error that is not written to the stream. */
+  fail(error: LaminaError): void {
+    this.#deliver([this.#lastMessage('error', { code: error.code, message: error.message })]);
+  }
+
+  /** Reads the answer from the stream, because messages may have been missed. */
+  async repair(): Promise<void> {
+    if (this.#phase !== 'open') return;
+    this.#isReplaying = true;
+    this.#source?.unsubscribe();
+    this.#source = undefined;
+    this.#events.onRepair();
+    try {
+      const source = await this.#links.tokens.replay(this.id, (data) => this.#receive(data));
+      if (this.isClosed || this.#source !== undefined) source.unsubscribe();
+      else this.#source = source;
+    } catch {
+      this.#after(REPLAY_RETRY_MS, () => this.repair());
+    }
+  }
+
+  #receive(data: Uint8Array): void {
+    if (this.isClosed) return;
+    if (this.#phase === 'submitting') {
+      this.#early.push(new Uint8Array(data));
+      return;
+    }
+    let fresh: TokenMessage[];
+    let received: number;
+    try {
+      const messages = decodeTokens(data);
+      received = messages.length;
+      fresh = messages.filter((message) => message.index >= this.#nextIndex);
+      checkMessages(messages, this.id);
+    } catch (cause) {
+      this.#links.publishCancel(this.id);
+      this.fail(new LaminaError('protocol_violation', 'the answer is malformed; see the log', { cause }));
+      return;
+    }
+    const first = fresh[0];
+    if (first === undefined) return;
+    if (first.index > this.#nextIndex) {
+      if (!this.#isReplaying) void this.repair();
+      return;
+    }
+    this.#deliver(fresh, fresh.length === received ? data : undefined);
+  }
+
+  /** Sends messages that start at the expected index; closes with the last one. */
+  #deliver(messages: readonly TokenMessage[], bytes = encodeTokens(messages, this.#encoding)): void {
+    const last = messages.at(-1);
+    if (this.isClosed || last === undefined) return;
+    const isFinal = last.finish_reason !== null;
+    const count = messages.filter((message) => message.token !== null).length;
+    this.#nextIndex = last.index + 1;
+    if (isFinal) this.#close();
+    this.#sink.send(messages, bytes, isFinal);
+    if (count > 0) this.#events.onTokens(count);
+    if (isFinal) this.#events.onClosed(this, last.error?.code ?? last.finish_reason ?? 'stop');
+  }
+
+  async #giveUp(reason: 'cancelled' | 'deadline_exceeded'): Promise<void> {
+    const isQueued = this.#nextIndex === 0 && (await this.#links.queue.remove(this.#sequence).catch(() => false));
+    if (this.isClosed) return;
+    if (isQueued && this.#nextIndex === 0) {
+      const last =
+        reason === 'cancelled'
+          ? this.#lastMessage('cancelled')
+          : this.#lastMessage('error', { code: reason, message: 'deadline_ms passed before an executor was free' });
+      // It comes back through the stream like any other message, unless the stream fails.
+      await this.#links.tokens.publish([last], this.#encoding);
+      this.#deliver([last]);
+      this.#links.publishCancel(this.id);
+      return;
+    }
+    if (reason === 'deadline_exceeded') return;
+    this.#links.publishCancel(this.id);
+    if (!this.#isReplaying) await this.repair();
+    this.#after(CANCEL_RETRY_MS, () => this.#giveUp(reason));
+  }
+
+  #lastMessage(finishReason: 'cancelled' | 'error', error?: ErrorBody): TokenMessage {
+    const completionTokens = this.#nextIndex;
+    return {
+      id: this.id,
+      index: completionTokens,
+      token: null,
+      text: '',
+      finish_reason: finishReason,
+      ...(error === undefined
+        ? {
+            usage: {
+              prompt_tokens: this.#promptTokens,
+              completion_tokens: completionTokens,
+              total_tokens: this.#promptTokens + completionTokens,
+            },
+          }
+        : { error }),
+    };
+  }
+
+  #after(delayMs: number, run: () => Promise<void>): void {
+    if (this.isClosed) return;
+    const timer = setTimeout(
+      () => {
+        this.#timers.delete(timer);
+        if (!this.isClosed) void run();
+      },
+      Math.min(delayMs, MAX_TIMER_MS),
+    );
+    this.#timers.add(timer);
+  }
+
+  #close(): void {
+    this.#phase = 'closed';
+    this.#source?.unsubscribe();
+    this.#source = undefined;
+    this.#early.length = 0;
+    for (const timer of this.#timers) clearTimeout(timer);
+    this.#timers.clear();
+  }
+}
+
+function checkMessages(messages: readonly TokenMessage[], requestId: string): void {
+  messages.forEach((message, position) => {
+    if (message.id !== requestId || message.index !== messages[0]!.index + position) {
+      throw new LaminaError('protocol_violation', `token ${message.index} of ${message.id} is out of place`);
+    }
+  });
+}

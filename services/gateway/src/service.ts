@@ -1,0 +1,85 @@
+/**
+ * Owns putting the gateway together: model and tokenizer, bus, HTTP, and the order in which they start and stop.
+ *
+ * Invariants
+ * 1. Prompts are taken last and given up first: nothing is accepted that could not be relayed.
+ */
+import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
+import { loadTokenizer, readModel, type Tokenizer } from '@lamina/model';
+import { GATEWAY_QUEUE, SUBJECTS } from '@lamina/protocol';
+import { collectMetrics, type RunningService, type ServiceContext } from '@lamina/runtime';
+import type { ServedModel } from './admission.ts';
+import { createChat } from './chat.ts';
+import { ClusterView } from './cluster-view.ts';
+import { Gateway } from './gateway.ts';
+import { createGatewayMetrics, type GatewayMetrics } from './gateway-metrics.ts';
+import { createHttpServer, listen } from './http.ts';
+
+/** The kv-manager answers at once or not at all. */
+const STATUS_TIMEOUT_MS = 1_000;
+const METRICS_WAIT_MS = 250;
+const DRAIN_GRACE_MS = 10_000;
+const NO_BYTES = new Uint8Array(0);
+
+function maxTokenBytesOf(tokenizer: Tokenizer): number {
+  let bytes = 1;
+  for (let token = 0; token < tokenizer.vocabSize; token++) {
+    bytes = Math.max(bytes, tokenizer.tokenBytes(token).length);
+  }
+  return bytes;
+}
+
+export async function startGateway({ config, bus, log, registry }: ServiceContext): Promise<RunningService> {
+  const [description, tokenizer] = await Promise.all([
+    readModel(config.model),
+    loadTokenizer(config.model),
+    ensureStreams(bus),
+  ]);
+  const { modelId } = description;
+  const model: ServedModel = { ...description, maxTokenBytes: maxTokenBytesOf(tokenizer) };
+  const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
+
+  const server = createHttpServer({
+    modelId,
+    clusterState: () => cluster.live(),
+    metrics: () => collectMetrics(bus, METRICS_WAIT_MS),
+  });
+  const httpPort = await listen(server, config.httpHost, config.httpPort);
+
+  const gateway = new Gateway(
+    {
+      model,
+      renderChat: createChat({ ...description, specialTokens: {} }),
+      encode: (text, options) => tokenizer.encode(text, options),
+      cluster,
+      links: {
+        tokens: new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed')),
+        queue: new WorkQueue(bus),
+        publishCancel: (requestId) => bus.publish(SUBJECTS.cancel(requestId), NO_BYTES),
+      },
+      reply: (subject, data, headers) => bus.publishWithHeaders(subject, data, headers),
+      maxOpenRequests: config.maxOpenRequests,
+      log,
+    },
+    () => metrics,
+  );
+  const metrics: GatewayMetrics = createGatewayMetrics(registry, () => gateway.openRequests);
+
+  bus.onStatus((type) => {
+    if (type === 'reconnect') gateway.handleReconnect();
+  });
+  bus.subscribe(SUBJECTS.cancelAll, (message) => gateway.handleCancel(message.subject));
+  bus.serveRaw('generate', SUBJECTS.generate, GATEWAY_QUEUE, (message) => gateway.handleGenerate(message));
+  // Ready means that the server has the subscriptions.
+  await bus.flush();
+  log.info({ host: config.httpHost, httpPort, model: modelId }, 'listening');
+
+  return {
+    stats: () => ({ openRequests: gateway.openRequests, httpPort }),
+    stop: async () => {
+      await bus.withdraw();
+      await gateway.drain(DRAIN_GRACE_MS);
+      await server.close();
+    },
+  };
+}

@@ -1,0 +1,202 @@
+import { encodeTokens, type TokenMessage, type WorkItem } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { EXECUTOR_ANSWER_MS, Relay, type RelayLinks } from '../src/relay.ts';
+
+const item: WorkItem = {
+  id: 'r',
+  model: 'tiny',
+  tokenIds: [1, 2],
+  maxTokens: 8,
+  sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
+  stop: [],
+  logprobs: null,
+  ignoreEos: false,
+  priority: 0,
+  deadlineAtMs: null,
+  encoding: 'json',
+  submittedAtMs: 0,
+};
+
+const token = (index: number, last = false): TokenMessage => ({
+  id: 'r',
+  index,
+  token: index + 10,
+  text: `t${index}`,
+  finish_reason: last ? 'stop' : null,
+});
+const bytes = (...messages: TokenMessage[]): Uint8Array => encodeTokens(messages, 'json');
+
+/** Plays the bus and the client; `live` and `stored` are what a relay listens to at the moment. */
+function bench(overrides: Partial<RelayLinks['queue']> = {}) {
+  const state = {
+    live: undefined as ((data: Uint8Array) => void) | undefined,
+    stored: undefined as ((data: Uint8Array) => void) | undefined,
+    replays: 0,
+    cancels: 0,
+    published: [] as TokenMessage[],
+    sent: [] as TokenMessage[],
+    finals: 0,
+    outcomes: [] as string[],
+  };
+  const links: RelayLinks = {
+    tokens: {
+      follow: (_, callback) => {
+        state.live = (data) => callback({ data });
+        return { unsubscribe: () => (state.live = undefined) };
+      },
+      replay: async (_, callback) => {
+        state.replays++;
+        state.stored = callback;
+        return { unsubscribe: () => (state.stored = undefined) };
+      },
+      publish: async (tokens) => {
+        state.published.push(...tokens);
+        return true;
+      },
+    },
+    queue: { submit: async () => 1, remove: async () => true, ...overrides },
+    publishCancel: () => state.cancels++,
+  };
+  const sink = {
+    send: (messages: readonly TokenMessage[], data: Uint8Array, isFinal: boolean) => {
+      state.sent.push(...messages);
+      expect(Buffer.from(data)).toEqual(Buffer.from(encodeTokens(messages, 'json')));
+      if (isFinal) state.finals++;
+    },
+  };
+  const relay = new Relay('r', 'json', sink, links, {
+    onTokens: () => undefined,
+    onRepair: () => undefined,
+    onClosed: (_, outcome) => state.outcomes.push(outcome),
+  });
+  const indices = (): number[] => state.sent.map((message) => message.index);
+  const isClean = (): boolean => state.live === undefined && state.stored === undefined && vi.getTimerCount() === 0;
+  return { relay, state, indices, isClean };
+}
+
+beforeEach(() => vi.useFakeTimers());
+afterEach(() => vi.useRealTimers());
+
+describe('tokens', () => {
+  test('are relayed once and in order, several in one message or one', async () => {
+    const { relay, state, indices, isClean } = bench();
+    await relay.submit(item);
+    state.live?.(bytes(token(0)));
+    state.live?.(bytes(token(1), token(2)));
+    state.live?.(bytes(token(1), token(2)));
+    state.live?.(bytes(token(2), token(3)));
+    state.live?.(bytes(token(4, true)));
+    expect(indices()).toEqual([0, 1, 2, 3, 4]);
+    expect(state.finals).toBe(1);
+    expect(state.outcomes).toEqual(['stop']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('that come before the queue has taken the item wait for it', async () => {
+    let take: (sequence: number) => void = () => undefined;
+    const { relay, state, indices } = bench({ submit: () => new Promise((resolve) => (take = resolve)) });
+    const submitted = relay.submit(item);
+    state.live?.(bytes(token(0)));
+    expect(indices()).toEqual([]);
+    take(1);
+    await submitted;
+    expect(indices()).toEqual([0]);
+  });
+
+  test('of another request with the same id are never relayed', async () => {
+    let refuse: (error: Error) => void = () => undefined;
+    const { relay, state, isClean } = bench({ submit: () => new Promise((_, reject) => (refuse = reject)) });
+    const submitted = relay.submit(item);
+    state.live?.(bytes(token(0)));
+    refuse(new LaminaError('duplicate_id', 'used'));
+    await submitted;
+    expect(state.sent.map((message) => message.error?.code)).toEqual(['duplicate_id']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('that were missed are read from the stream', async () => {
+    const { relay, state, indices, isClean } = bench();
+    await relay.submit(item);
+    state.live?.(bytes(token(0)));
+    state.live?.(bytes(token(2)));
+    await vi.advanceTimersByTimeAsync(0);
+    expect(state.replays).toBe(1);
+    expect(state.live).toBeUndefined();
+    for (const index of [0, 1, 2]) state.stored?.(bytes(token(index)));
+    state.stored?.(bytes(token(3, true)));
+    expect(indices()).toEqual([0, 1, 2, 3]);
+    expect(isClean()).toBe(true);
+  });
+
+  test('that are malformed or of another request end this one and stop the executor', async () => {
+    for (const bad of [
+      new TextEncoder().encode('{"x":1}'),
+      new TextEncoder().encode('{'),
+      bytes({ ...token(0), id: 'q' }),
+    ]) {
+      const { relay, state, isClean } = bench();
+      await relay.submit(item);
+      state.live?.(bad);
+      expect(state.outcomes).toEqual(['protocol_violation']);
+      expect(state.cancels).toBe(1);
+      expect(isClean()).toBe(true);
+    }
+  });
+});
+
+describe('cancel', () => {
+  test('is answered by the gateway when the request was still queued', async () => {
+    const { relay, state, isClean } = bench();
+    await relay.submit(item);
+    relay.cancel();
+    relay.cancel();
+    await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS);
+    expect(state.sent).toMatchObject([
+      { index: 0, token: null, finish_reason: 'cancelled', usage: { total_tokens: 2 } },
+    ]);
+    expect(state.published).toHaveLength(1);
+    expect(isClean()).toBe(true);
+  });
+
+  test('is left to the executor when tokens have come, and repeated until it answers', async () => {
+    const { relay, state, isClean } = bench();
+    await relay.submit(item);
+    state.live?.(bytes(token(0)));
+    relay.cancel();
+    await vi.advanceTimersByTimeAsync(5_000);
+    expect(state.published).toEqual([]);
+    expect(state.cancels).toBeGreaterThan(1);
+    state.stored?.(bytes({ id: 'r', index: 1, token: null, text: '', finish_reason: 'cancelled' }));
+    expect(state.outcomes).toEqual(['cancelled']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('before the item was submitted means that it never is', async () => {
+    const { relay, state, isClean } = bench({ submit: () => Promise.reject(new Error('must not be called')) });
+    relay.cancel();
+    await relay.submit(item);
+    expect(state.outcomes).toEqual(['cancelled']);
+    expect(isClean()).toBe(true);
+  });
+});
+
+describe('a deadline', () => {
+  test('that passes in the queue is answered by the gateway', async () => {
+    const { relay, state, isClean } = bench();
+    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    await vi.advanceTimersByTimeAsync(1_000 + EXECUTOR_ANSWER_MS - 1);
+    expect(state.sent).toEqual([]);
+    await vi.advanceTimersByTimeAsync(1);
+    expect(state.outcomes).toEqual(['deadline_exceeded']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('in the far future fires neither now nor ever before', async () => {
+    const { relay, state } = bench();
+    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1e15 });
+    await vi.advanceTimersByTimeAsync(60_000);
+    expect(state.outcomes).toEqual([]);
+    relay.fail(new LaminaError('unavailable', 'end'));
+  });
+});

@@ -1,0 +1,115 @@
+/**
+ * Owns the two ends of a block: the pool of one shard's blocks, and the block table of one request.
+ *
+ * Invariants
+ * 1. A block is free or in exactly one table: taking and giving back are checked, O(1), and allocate nothing.
+ * 2. used + free = numBlocks, at every moment.
+ * 3. A table's order is the order of its tokens: entry i holds tokens i * blockSizeTokens and following.
+ */
+import type { BlockRef } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+
+/** The blocks of one shard: a stack of free ids, lowest on top at first. */
+export class BlockPool {
+  readonly shardId: string;
+  readonly numBlocks: number;
+  readonly #free: Int32Array;
+  readonly #isUsed: Uint8Array;
+  #numFree: number;
+  #usedPeak = 0;
+
+  constructor(shardId: string, numBlocks: number) {
+    this.shardId = shardId;
+    this.numBlocks = numBlocks;
+    this.#free = Int32Array.from({ length: numBlocks }, (_, i) => numBlocks - 1 - i);
+    this.#isUsed = new Uint8Array(numBlocks);
+    this.#numFree = numBlocks;
+  }
+
+  get freeBlocks(): number {
+    return this.#numFree;
+  }
+
+  get usedBlocks(): number {
+    return this.numBlocks - this.#numFree;
+  }
+
+  get usedBlocksPeak(): number {
+    return this.#usedPeak;
+  }
+
+  /** Share of the pool that is used, 0 to 1; an empty pool counts as full. */
+  get usedShare(): number {
+    return this.numBlocks === 0 ? 1 : this.usedBlocks / this.numBlocks;
+  }
+
+  /** The caller has checked that one is free. */
+  take(): number {
+    if (this.#numFree === 0) throw new LaminaError('internal', `shard ${this.shardId} has no free block`);
+    const block = this.#free[--this.#numFree]!;
+    this.#isUsed[block] = 1;
+    if (this.usedBlocks > this.#usedPeak) this.#usedPeak = this.usedBlocks;
+    return block;
+  }
+
+  giveBack(block: number): void {
+    if (this.#isUsed[block] !== 1)
+      throw new LaminaError('internal', `block ${block} of shard ${this.shardId} is freed twice`);
+    this.#isUsed[block] = 0;
+    this.#free[this.#numFree++] = block;
+  }
+}
+
+/** Why a table is of no use any more, or undefined while it is live. */
+export type VoidReason = { readonly kind: 'shard_lost'; readonly shardId: string } | { readonly kind: 'taken_over' };
+
+/** The blocks of one request of one executor, in token order. */
+export class BlockTable {
+  readonly requestId: string;
+  readonly executorId: string;
+  voidReason: VoidReason | undefined;
+  readonly #pools: BlockPool[] = [];
+  readonly #blocks: number[] = [];
+  readonly #numBlocksByPool = new Map<BlockPool, number>();
+
+  constructor(requestId: string, executorId: string) {
+    this.requestId = requestId;
+    this.executorId = executorId;
+  }
+
+  get numBlocks(): number {
+    return this.#blocks.length;
+  }
+
+  /** The pool of the last block, or undefined. */
+  get lastPool(): BlockPool | undefined {
+    return this.#pools.at(-1);
+  }
+
+  numBlocksOn(pool: BlockPool): number {
+    return this.#numBlocksByPool.get(pool) ?? 0;
+  }
+
+  /** Appends a free block of `pool`. */
+  append(pool: BlockPool): void {
+    this.#blocks.push(pool.take());
+    this.#pools.push(pool);
+    this.#numBlocksByPool.set(pool, this.numBlocksOn(pool) + 1);
+  }
+
+  /** Entries from `start` on. */
+  refs(start = 0): BlockRef[] {
+    const refs: BlockRef[] = [];
+    for (let i = start; i < this.#blocks.length; i++)
+      refs.push({ shardId: this.#pools[i]!.shardId, block: this.#blocks[i]! });
+    return refs;
+  }
+
+  /** Gives every block back; blocks of a pool whose shard is gone go with it. */
+  release(): void {
+    for (let i = 0; i < this.#blocks.length; i++) this.#pools[i]!.giveBack(this.#blocks[i]!);
+    this.#blocks.length = 0;
+    this.#pools.length = 0;
+    this.#numBlocksByPool.clear();
+  }
+}

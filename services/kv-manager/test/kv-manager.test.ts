@@ -1,0 +1,223 @@
+/** Registration, refusals, loss and events of the kv-manager's state machine. */
+import { LaminaError } from '@lamina/tensor';
+import { expect, test } from 'vitest';
+import { BlockPool } from '../src/block-table.ts';
+import { BLOCK, countByShard, Fixture, OTHER_SPEC } from './fixture.ts';
+
+function refusal(run: () => unknown): { code: string; message: string } {
+  try {
+    run();
+  } catch (error) {
+    if (error instanceof LaminaError) return { code: error.code, message: error.message };
+    throw error;
+  }
+  throw new Error('nothing was refused');
+}
+
+function cluster(...numBlocks: number[]): Fixture {
+  const fixture = new Fixture();
+  fixture.executor('e1');
+  for (const [i, blocks] of numBlocks.entries()) fixture.join(`s${i + 1}`, blocks);
+  return fixture;
+}
+
+test('the first executor decides the layout; a shard gets it at its next heartbeat', () => {
+  const fixture = new Fixture();
+  expect(fixture.shard('s1', null)).toMatchObject({ layout: null, known: true, heartbeatIntervalMs: 250 });
+  expect(fixture.executor('e1')).toMatchObject({ known: false, layout: { numLayers: 6, blockSizeTokens: 16 } });
+  expect(fixture.executor('e1')).toMatchObject({ known: true });
+  expect(fixture.shard('s1', null)).toMatchObject({ layout: { kvDtype: 'f16' }, heartbeatIntervalMs: 1000 });
+});
+
+test('another model is refused while an executor of the first lives, by both names', () => {
+  const fixture = cluster(10);
+  const { code, message } = refusal(() => fixture.executor('e2', OTHER_SPEC, 'big'));
+  expect(code).toBe('invalid_request');
+  expect(message).toContain('serves tiny (6 layers');
+  expect(message).toContain('not big (30 layers');
+  expect(refusal(() => fixture.executor('e2', undefined, 'other-name')).code).toBe('invalid_request');
+  expect(refusal(() => fixture.executor('e1', OTHER_SPEC, 'tiny')).code).toBe('invalid_request');
+});
+
+test('when the last executor is gone another model brings its layout, and shards must come anew', () => {
+  const fixture = cluster(10);
+  fixture.allocate('a', 2);
+  fixture.nowMs = 3000;
+  fixture.shard('s1', 10);
+  fixture.nowMs = 5000;
+  fixture.manager.tick();
+  expect(fixture.executor('e2', OTHER_SPEC, 'big')).toMatchObject({ layout: { numLayers: 30 } });
+  expect(fixture.manager.status().shards).toEqual([]);
+  expect(fixture.shard('s1', 10)).toMatchObject({ known: false, layout: { numLayers: 30 } });
+  expect(refusal(() => fixture.allocate('a', 1, 1, 'e2')).code).toBe('unavailable');
+  fixture.join('s1-2', 3);
+  expect(countByShard(fixture.allocate('a', 1, 1, 'e2'))).toEqual({ 's1-2': 1 });
+});
+
+test('the same spec under another model name keeps the shards', () => {
+  const fixture = cluster(10);
+  fixture.nowMs = 3000;
+  fixture.shard('s1', 10);
+  fixture.nowMs = 5000;
+  fixture.manager.tick();
+  fixture.executor('e2', undefined, 'tiny-v2');
+  expect(countByShard(fixture.allocate('a', 1, 1, 'e2'))).toEqual({ s1: 1 });
+});
+
+test('refuses what can never fit, with the numbers', () => {
+  const fixture = cluster(3, 2);
+  const { code, message } = refusal(() => fixture.allocate('a', 1, 6));
+  expect(code).toBe('kv_capacity_exceeded');
+  expect(message).toContain('needs KV for 96 tokens');
+  expect(message).toContain('2 attention shards hold 80');
+  expect(fixture.allocate('a', 1, 5)).toHaveLength(1);
+  expect(refusal(() => fixture.extend('a', 6)).code).toBe('kv_capacity_exceeded');
+});
+
+test('refuses as overloaded what does not fit now, all or nothing, and announces room once', () => {
+  const fixture = cluster(3, 2);
+  fixture.allocate('a', 3);
+  const before = fixture.used();
+  expect(refusal(() => fixture.allocate('b', 3)).code).toBe('overloaded');
+  expect(fixture.used()).toEqual(before);
+  expect(fixture.freed).toEqual([]);
+  fixture.manager.free('a', 'e1');
+  expect(fixture.freed).toEqual([5]);
+  fixture.allocate('b', 3);
+  fixture.manager.free('b', 'e1');
+  expect(fixture.freed).toEqual([5]);
+});
+
+test('a refused extend leaves its table as it was; a joining shard is announced', () => {
+  const fixture = cluster(3);
+  fixture.allocate('a', 2, 3);
+  fixture.allocate('b', 1, 3);
+  expect(refusal(() => fixture.extend('a', 3)).code).toBe('overloaded');
+  fixture.join('s2', 5);
+  expect(fixture.freed).toEqual([5]);
+  expect(countByShard(fixture.extend('a', 3))).toEqual({ s2: 1 });
+});
+
+test('without a ready shard, or unregistered, the answer is unavailable', () => {
+  const fixture = new Fixture();
+  expect(refusal(() => fixture.allocate('a', 1)).code).toBe('unavailable');
+  fixture.executor('e1');
+  fixture.shard('s1', null);
+  expect(refusal(() => fixture.allocate('a', 1)).message).toContain('no attention shard is ready');
+  fixture.shard('s1', 4);
+  expect(fixture.freed).toEqual([4]);
+});
+
+test('extend: unknown request is invalid; covered tokens need nothing', () => {
+  const fixture = cluster(3);
+  expect(refusal(() => fixture.extend('a', 1)).code).toBe('invalid_request');
+  fixture.allocate('a', 1, 3);
+  expect(fixture.manager.extend({ requestId: 'a', executorId: 'e1', numTokens: BLOCK })).toEqual([]);
+  expect(fixture.manager.extend({ requestId: 'a', executorId: 'e1', numTokens: BLOCK + 1 })).toHaveLength(1);
+});
+
+test('allocating again replaces the own table', () => {
+  const fixture = cluster(4);
+  fixture.allocate('a', 3, 4);
+  expect(fixture.allocate('a', 4)).toHaveLength(4);
+  expect(fixture.used()).toEqual({ s1: 4 });
+});
+
+test('free is idempotent and for the owner only', () => {
+  const fixture = cluster(4);
+  fixture.executor('e2');
+  fixture.allocate('a', 3);
+  fixture.manager.free('a', 'e2');
+  fixture.manager.free('a', 'nobody');
+  expect(fixture.used()).toEqual({ s1: 3 });
+  fixture.manager.free('a', 'e1');
+  fixture.manager.free('a', 'e1');
+  expect(fixture.used()).toEqual({ s1: 0 });
+});
+
+test('a request taken over leaves its former blocks out of use until the former owner gives them up', () => {
+  const fixture = cluster(4);
+  fixture.executor('e2');
+  const former = fixture.allocate('a', 2);
+  const taken = fixture.allocate('a', 2, 2, 'e2');
+  expect(taken.filter((ref) => former.some((other) => other.block === ref.block))).toEqual([]);
+  expect(fixture.executor('e1').voidRequestIds).toEqual(['a']);
+  expect(refusal(() => fixture.extend('a', 3)).code).toBe('duplicate_id');
+  fixture.manager.free('a', 'e1');
+  expect(fixture.used()).toEqual({ s1: 2 });
+  expect(fixture.executor('e1').voidRequestIds).toEqual([]);
+  expect(fixture.extend('a', 3, 'e2')).toHaveLength(1);
+});
+
+test.each(['leaves', 'is silent'])('a shard that %s voids every table that has blocks there', (how) => {
+  const fixture = cluster(8, 8);
+  fixture.allocate('long', 12);
+  fixture.allocate('short', 1);
+  const shortShard = countByShard(fixture.extend('short', 2));
+  if (how === 'leaves') fixture.manager.shardLeave('s2');
+  else {
+    fixture.nowMs = 3999;
+    fixture.executor('e1');
+    fixture.shard('s1', 8);
+    fixture.manager.tick();
+    expect(fixture.lostShards).toEqual([]);
+    fixture.nowMs = 4000;
+    fixture.manager.tick();
+  }
+  expect(fixture.lostShards).toEqual(['s2']);
+  expect(refusal(() => fixture.extend('long', 13)).code).toBe('shard_lost');
+  expect(fixture.executor('e1').voidRequestIds).toEqual(Object.hasOwn(shortShard, 's2') ? ['long', 'short'] : ['long']);
+  // The owner asks again: its blocks on the shard that is left are given up first.
+  expect(fixture.allocate('long', 6)).toHaveLength(6);
+  expect(fixture.shard('s2', 8).known).toBe(false);
+});
+
+test('an executor that falls silent gives everything back', () => {
+  const fixture = cluster(8);
+  fixture.allocate('a', 5);
+  fixture.nowMs = 4000;
+  fixture.shard('s1', 8);
+  fixture.manager.tick();
+  expect(fixture.manager.status()).toMatchObject({ executors: [], numRequests: 0, shards: [{ usedBlocks: 0 }] });
+  expect(fixture.executor('e1').known).toBe(false);
+});
+
+test('silence does not count while nobody could be heard', () => {
+  const fixture = cluster(8);
+  fixture.nowMs = 60_000;
+  fixture.manager.forgiveSilence();
+  fixture.manager.tick();
+  expect(fixture.manager.status().executors).toHaveLength(1);
+  expect(fixture.lostShards).toEqual([]);
+});
+
+test('a shard from an earlier kv-manager must come again under a new id', () => {
+  const fixture = new Fixture();
+  fixture.executor('e1');
+  expect(fixture.shard('old', 5)).toMatchObject({ known: false });
+  expect(fixture.manager.status().shards).toEqual([]);
+});
+
+test('a shard cannot change its number of blocks, nor have more slots than the wire can name', () => {
+  const fixture = cluster(8);
+  expect(refusal(() => fixture.shard('s1', 9)).code).toBe('protocol_violation');
+  fixture.shard('s2', null);
+  expect(refusal(() => fixture.shard('s2', 2 ** 27)).code).toBe('protocol_violation');
+});
+
+test('the peak of used blocks is kept', () => {
+  const fixture = cluster(8);
+  fixture.allocate('a', 5);
+  fixture.manager.free('a', 'e1');
+  expect(fixture.shard('s1', 8)).toMatchObject({ usedBlocks: 0, usedBlocksPeak: 5 });
+  expect(fixture.manager.status().shards).toMatchObject([{ usedBlocksPeak: 5 }]);
+});
+
+test('a pool refuses to take from nothing and to free twice', () => {
+  const pool = new BlockPool('s', 1);
+  expect(pool.take()).toBe(0);
+  expect(() => pool.take()).toThrow('no free block');
+  pool.giveBack(0);
+  expect(() => pool.giveBack(0)).toThrow('freed twice');
+  expect(() => pool.giveBack(7)).toThrow('freed twice');
+});
