@@ -1,4 +1,4 @@
-// Owns how the compose test runs: npx vitest run --config test/e2e/vitest.config.ts
+// Owns how the compose test runs: npm test -- --config test/e2e/vitest.config.ts
 import { fileURLToPath } from 'node:url';
 import { defineConfig } from 'vitest/config';
 

@@ -46,6 +46,8 @@ export interface ModelDescription {
   readonly generationDefaults: GenerationDefaults;
   /** Jinja source, or null if the model has no chat format. */
   readonly chatTemplate: string | null;
+  /** Texts that the template may name: bos_token, eos_token, unk_token, pad_token. */
+  readonly specialTokens: Readonly<Record<string, string>>;
 }
 
 const generationConfigSchema = z.looseObject({
@@ -105,6 +107,7 @@ export async function readModel(dir: string): Promise<ModelDescription> {
       maxNewTokens: generationConfig.max_new_tokens ?? null,
     },
     chatTemplate: await readChatTemplate(absoluteDir),
+    specialTokens: tokenizer.namedSpecialTokens,
   };
 }
 

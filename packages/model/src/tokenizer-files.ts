@@ -32,6 +32,8 @@ export interface TokenizerSettings {
   readonly addBosTokenIsExplicit: boolean;
   /** Text of the BOS token, or null. */
   readonly bosToken: string | null;
+  /** Texts of the special tokens that chat templates name: bos_token, eos_token, unk_token, pad_token. */
+  readonly namedSpecialTokens: Readonly<Record<string, string>>;
   /** Special tokens that only tokenizer_config.json names. */
   readonly additionalSpecialTokens: readonly string[];
   readonly byteRules: ByteRules;
@@ -88,6 +90,9 @@ const tokenSchema = z.union([z.string(), z.looseObject({ content: z.string() })]
 const tokenizerConfigSchema = z.looseObject({
   add_bos_token: z.boolean().nullish(),
   bos_token: tokenSchema.nullish(),
+  eos_token: tokenSchema.nullish(),
+  unk_token: tokenSchema.nullish(),
+  pad_token: tokenSchema.nullish(),
   additional_special_tokens: z.array(tokenSchema).nullish(),
 });
 
@@ -99,6 +104,11 @@ export async function readTokenizerSettings(dir: string): Promise<TokenizerSetti
   const tokenizerJson = parseFile(dir, TOKENIZER_FILE, tokenizerSchema, await readRequiredJson(dir, TOKENIZER_FILE));
   const configJson = parseFile(dir, CONFIG_FILE, tokenizerConfigSchema, await readRequiredJson(dir, CONFIG_FILE));
   const bosToken = contentOf(configJson.bos_token);
+  const { bos_token, eos_token, unk_token, pad_token } = configJson;
+  const namedSpecialTokens = Object.entries({ bos_token, eos_token, unk_token, pad_token }).flatMap(([name, token]) => {
+    const text = contentOf(token);
+    return text === null ? [] : [[name, text] as const];
+  });
   const addsBos = bosToken !== null && firstSpecialToken(tokenizerJson.post_processor) === bosToken;
   const explicit = configJson.add_bos_token ?? null;
   if (explicit === true && bosToken === null) {
@@ -122,6 +132,7 @@ export async function readTokenizerSettings(dir: string): Promise<TokenizerSetti
     addBosToken: explicit ?? addsBos,
     addBosTokenIsExplicit: explicit !== null,
     bosToken,
+    namedSpecialTokens: Object.fromEntries(namedSpecialTokens),
     additionalSpecialTokens: (configJson.additional_special_tokens ?? []).map((token) => contentOf(token) ?? ''),
     byteRules: byteRulesOf(dir, tokenizerJson.decoder ?? null),
   };

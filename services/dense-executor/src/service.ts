@@ -27,8 +27,8 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
   ]);
   const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker);
   const metrics = new ExecutorMetrics(registry, {
-    running: () => executor.numRequests,
-    waves: () => executor.numWavesInFlight,
+    running: () => executor.requests.size,
+    waves: () => executor.steps.numInFlight,
   });
   const onError = (cause: unknown): void => log.error({ err: asLaminaError(cause) }, 'bus failed');
   const executor: Executor = new Executor({
@@ -38,7 +38,6 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     tokens: new TokenStream(bus, onError),
     metrics,
     log,
-    maxRunningRequests: config.maxRunningRequests,
   });
   const pool = await WorkerPool.start(
     {
@@ -55,8 +54,8 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       },
     },
     {
-      onStepDone: (wave, result) => executor.onStepDone(wave, result),
-      onStepFailed: (wave, result) => executor.onStepFailed(wave, result),
+      onStepDone: (wave, result) => executor.steps.onStepDone(wave, result),
+      onStepFailed: (wave, result) => executor.steps.onStepFailed(wave, result),
       onComplaint: onError,
       onDeath: context.fail,
     },
@@ -71,7 +70,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       log,
       fail: context.fail,
     },
-    executor,
+    executor.tables,
   );
   const layout = await kv.register();
   executor.connect(kv, pool, layout);
@@ -92,7 +91,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
   const queue = new WorkQueue(bus);
   const leasing = async (): Promise<void> => {
     while (!isStopping) {
-      await executor.room();
+      await executor.requests.below(config.maxRunningRequests);
       if (isStopping) return;
       try {
         const lease = await queue.lease(LEASE_WAIT_MS, onError);
@@ -111,14 +110,14 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
   return {
     stats: () => ({
       model: description.modelId,
-      runningRequests: executor.numRequests,
-      wavesInFlight: executor.numWavesInFlight,
+      runningRequests: executor.requests.size,
+      wavesInFlight: executor.steps.numInFlight,
       waves: pool.numWaves,
     }),
     stop: async () => {
       isStopping = true;
-      await Promise.race([executor.empty(), new Promise((resolve) => setTimeout(resolve, DRAIN_TIMEOUT_MS))]);
-      executor.releaseAll();
+      await Promise.race([executor.requests.below(1), new Promise((resolve) => setTimeout(resolve, DRAIN_TIMEOUT_MS))]);
+      executor.releaseLeases();
       await kv.stop();
       await pool.stop();
     },

@@ -49,7 +49,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const gateway = new Gateway(
     {
       model,
-      renderChat: createChat({ ...description, specialTokens: {} }),
+      renderChat: createChat(description),
       encode: (text, options) => tokenizer.encode(text, options),
       cluster,
       links: {

@@ -14,7 +14,7 @@ import { assign, fromPromise, setup } from 'xstate';
 
 export interface RequestContext {
   readonly requestId: string;
-  /** Times that KV was lost and computed again. */
+  /** Times that KV was lost since the last token. */
   readonly recoveries: number;
   /** Milliseconds from admission until the request is given up; null = never. */
   readonly deadlineMs: number | null;
@@ -51,7 +51,7 @@ export interface RequestInput {
   readonly deadlineMs: number | null;
 }
 
-/** KV of a request is lost and computed again at most so often. */
+/** KV of a request is computed again at most so often without a token in between. */
 export const MAX_RECOVERIES = 5;
 /** The longest delay that timers take; stands for "no deadline". */
 const NEVER_MS = 2_147_483_647;
@@ -93,6 +93,7 @@ export const requestMachine = setup({
     keepDeadlineError: assign({
       error: () => new LaminaError('deadline_exceeded', 'deadline_ms passed before the answer was complete'),
     }),
+    forgetRecoveries: assign({ recoveries: 0 }),
     countRecovery: assign({ recoveries: ({ context }) => context.recoveries + 1 }),
   },
   guards: {
@@ -140,7 +141,12 @@ export const requestMachine = setup({
         },
         sampling: {
           entry: { type: 'enter', params: { phase: 'sampling' } },
-          on: { TOKEN_SAMPLED: 'decode', FINISHED: '#request.finished', PREEMPT: 'preempted', KV_LOST },
+          on: {
+            TOKEN_SAMPLED: { target: 'decode', actions: 'forgetRecoveries' },
+            FINISHED: '#request.finished',
+            PREEMPT: 'preempted',
+            KV_LOST,
+          },
         },
         decode: {
           entry: { type: 'enter', params: { phase: 'decode' } },

@@ -40,8 +40,14 @@ export class Scheduler {
     return this.#waves.length;
   }
 
+  /** Requests of one wave. */
+  requestsOf(waveIndex: number): readonly GenerationRequest[] {
+    return this.#waves[waveIndex]!;
+  }
+
   /** Puts a request into the wave with the fewest. */
   add(request: GenerationRequest): void {
+    this.remove(request);
     let fewest = 0;
     for (let wave = 1; wave < this.#waves.length; wave++) {
       if (this.#waves[wave]!.length < this.#waves[fewest]!.length) fewest = wave;

@@ -1,0 +1,131 @@
+/**
+ * Owns the steps: starting one on every idle wave that has something to run, and what follows from its result.
+ *
+ * Invariants
+ * 1. The result of a step counts only for requests whose KV is still the one that the step began with.
+ * 2. Everything is driven by events: a wave without work costs nothing.
+ */
+import type { Logger } from '@lamina/runtime';
+import { LaminaError } from '@lamina/tensor';
+import type { KvTables } from './kv-tables.ts';
+import type { ExecutorMetrics } from './metrics.ts';
+import type { GenerationRequest } from './request/request.ts';
+import type { SampledToken } from './request/sampler.ts';
+import type { RunningRequests } from './running-requests.ts';
+import type { Scheduler, StepEntry } from './scheduling/scheduler.ts';
+import { buildStep } from './scheduling/step-builder.ts';
+import type { StepDone, StepFailed } from './worker/messages.ts';
+import type { WorkerPool } from './worker-pool.ts';
+
+export interface StepLoopOptions {
+  readonly requests: RunningRequests;
+  readonly scheduler: Scheduler;
+  readonly tables: KvTables;
+  readonly metrics: ExecutorMetrics;
+  readonly log: Logger;
+  /** A token of a request that is in `sampling`. */
+  readonly onToken: (request: GenerationRequest, sampled: SampledToken) => void;
+}
+
+export class StepLoop {
+  readonly #options: StepLoopOptions;
+  readonly #steps: (readonly StepEntry[] | undefined)[];
+  #pool: WorkerPool | undefined;
+  #numSteps = 0;
+
+  constructor(options: StepLoopOptions) {
+    this.#options = options;
+    this.#steps = Array.from({ length: options.scheduler.numWaves }, () => undefined);
+  }
+
+  connect(pool: WorkerPool): void {
+    this.#pool = pool;
+  }
+
+  get numInFlight(): number {
+    return this.#steps.filter((step) => step !== undefined).length;
+  }
+
+  /** Starts a step on every idle wave that has something to run. */
+  pump(): void {
+    const { scheduler, tables, metrics } = this.#options;
+    const pool = this.#pool;
+    if (pool === undefined || !tables.mayWrite) return;
+    for (let wave = 0; wave < this.#steps.length; wave++) {
+      if (this.#steps[wave] !== undefined) continue;
+      const startedMs = performance.now();
+      const entries = scheduler.formStep(wave);
+      if (entries.length > 0) {
+        const stepId = this.#numSteps++ >>> 0;
+        const { step, transfer } = buildStep(entries, scheduler.blockSizeTokens, pool.waveOnWorker(wave), stepId);
+        this.#steps[wave] = entries;
+        for (const { request } of entries) request.isInStep = true;
+        pool.run(wave, step, transfer);
+        metrics.observe('schedule', performance.now() - startedMs);
+      }
+      for (const request of scheduler.requestsOf(wave)) tables.extendAhead(request);
+    }
+  }
+
+  onStepDone(wave: number, result: StepDone): void {
+    const { requests, metrics } = this.#options;
+    const entries = this.#endStep(wave);
+    let row = 0;
+    for (const { request, start, numTokens, kvGeneration } of entries) {
+      const isSampled = start + numTokens === request.tokens.length;
+      if (kvGeneration === request.kvGeneration) {
+        request.numComputed = start + numTokens;
+        if (request.phase === 'prefill') metrics.prefilledTokens.inc(numTokens);
+        if (isSampled) this.#onSampled(request, result, row);
+        else requests.send(request, { type: 'CHUNK_READY' });
+      }
+      if (isSampled) row++;
+    }
+    this.#settle(entries);
+    metrics.observeStep(result.timings);
+    metrics.observe('machine', requests.takeMachineMs());
+  }
+
+  #onSampled(request: GenerationRequest, result: StepDone, row: number): void {
+    const { requests, metrics, onToken } = this.#options;
+    requests.send(request, { type: 'LOGITS_READY' });
+    const token = result.tokens[row]!;
+    if (token < 0) {
+      const error = new LaminaError('numeric_error', 'the model produced NaN or infinite logits for this request');
+      requests.send(request, { type: 'FAIL', error });
+      return;
+    }
+    request.tokens.push(token);
+    metrics.generatedTokens.inc();
+    onToken(request, { token, logprob: result.logprobs[row]!, topLogprobs: result.topLogprobs?.[row] ?? [] });
+  }
+
+  onStepFailed(wave: number, result: StepFailed): void {
+    const { requests, tables, metrics, log } = this.#options;
+    const entries = this.#endStep(wave);
+    const { code, message, shardIds } = result;
+    metrics.failedSteps.inc({ code });
+    log.warn({ code, reason: message, shardIds, numRequests: entries.length }, 'a step failed');
+    for (const { request, kvGeneration } of entries) {
+      if (kvGeneration !== request.kvGeneration) continue;
+      if (shardIds.length === 0) requests.send(request, { type: 'FAIL', error: new LaminaError(code, message) });
+      else if (shardIds.some((shardId) => request.hasBlocksOn(shardId))) tables.lose(request);
+    }
+    this.#settle(entries);
+  }
+
+  #endStep(wave: number): readonly StepEntry[] {
+    const entries = this.#steps[wave];
+    if (entries === undefined) throw new LaminaError('internal', `wave ${wave} ended a step that was not begun`);
+    this.#steps[wave] = undefined;
+    for (const { request } of entries) request.isInStep = false;
+    return entries;
+  }
+
+  #settle(entries: readonly StepEntry[]): void {
+    const { tables } = this.#options;
+    for (const { request } of entries) tables.afterStep(request);
+    tables.admitQueued();
+    this.pump();
+  }
+}
