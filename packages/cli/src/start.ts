@@ -7,7 +7,7 @@
 import { SETTINGS } from '@lamina/runtime';
 import type { Cluster } from './cluster.ts';
 
-export function describeCluster(natsUrl: string, httpUrl: string): string {
+function describeCluster(natsUrl: string, httpUrl: string): string {
   return `ready ${natsUrl} ${httpUrl}
 
   publish a prompt     nats req --replies=0 lamina.v1.generate "Once upon a time" --server ${natsUrl}

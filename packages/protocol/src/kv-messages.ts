@@ -53,7 +53,7 @@ export type ShardHeartbeat = z.infer<typeof shardHeartbeatSchema>;
 export type ShardHeartbeatReply = z.infer<typeof shardHeartbeatReplySchema>;
 
 /** One entry of a block table; its index there says which tokens it holds. */
-export const blockRefSchema = z.object({ shardId: idSchema, block: z.int().min(0) });
+const blockRefSchema = z.object({ shardId: idSchema, block: z.int().min(0) });
 export type BlockRef = z.infer<typeof blockRefSchema>;
 
 export const allocateSchema = z.object({
@@ -75,7 +75,7 @@ export const freeSchema = z.object({ requestId: idSchema, executorId: idSchema }
 export const executorLeaveSchema = z.object({ executorId: idSchema });
 export const emptySchema = z.object({});
 
-export const shardStatusSchema = z.object({
+const shardStatusSchema = z.object({
   shardId: idSchema,
   kernel: z.string(),
   budgetBytes: z.int(),

@@ -14,7 +14,7 @@ import { errorBodySchema, idSchema, parseMessage } from './schema.ts';
 /** Header of the last message of an answer, value `true`. */
 export const FINAL_HEADER = 'Lamina-Final';
 
-export const finishReasonSchema = z.enum(['stop', 'length', 'cancelled', 'error']);
+const finishReasonSchema = z.enum(['stop', 'length', 'cancelled', 'error']);
 export type FinishReason = z.infer<typeof finishReasonSchema>;
 
 export const tokenMessageSchema = z.object({

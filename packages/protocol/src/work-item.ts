@@ -5,7 +5,7 @@ import { z } from 'zod';
 import { LIMITS } from './limits.ts';
 import { idSchema } from './schema.ts';
 
-export const samplingSchema = z.object({
+const samplingSchema = z.object({
   /** 0 = greedy. */
   temperature: z.number().min(0),
   /** 1 = off. */

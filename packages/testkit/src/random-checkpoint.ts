@@ -31,7 +31,7 @@ export interface RandomCheckpointOptions {
   readonly seed: number;
 }
 
-export const RANDOM_CHECKPOINT_DEFAULTS: RandomCheckpointOptions = {
+const RANDOM_CHECKPOINT_DEFAULTS: RandomCheckpointOptions = {
   numLayers: 3,
   hiddenSize: 32,
   intermediateSize: 48,
@@ -76,7 +76,7 @@ export async function writeRandomCheckpoint(
 }
 
 /** The bytes of one safetensors file. */
-export function encodeSafetensors(tensors: ReadonlyMap<string, RawTensor>): Uint8Array {
+function encodeSafetensors(tensors: ReadonlyMap<string, RawTensor>): Uint8Array {
   const header: Record<string, unknown> = { __metadata__: { format: 'pt' } };
   let offset = 0;
   for (const [name, { dtype, shape, bytes }] of tensors) {

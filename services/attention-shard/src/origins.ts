@@ -14,7 +14,7 @@ interface Origin {
 }
 
 const MAX_ORIGINS = 256;
-export const MAX_WAVES_PER_ORIGIN = 64;
+const MAX_WAVES_PER_ORIGIN = 64;
 
 export class Origins {
   /** Least recently planned first. */

@@ -19,10 +19,10 @@ export type ClusterState =
     }
   | { readonly status: 'unavailable'; readonly reason: string };
 
-export const STATUS_MAX_AGE_MS = 1_000;
+const STATUS_MAX_AGE_MS = 1_000;
 
 /** What a kv-manager's answer means for prompts of one model. */
-export function stateOf(status: KvStatus, modelId: string): ClusterState {
+function stateOf(status: KvStatus, modelId: string): ClusterState {
   const executors = status.executors.filter((executor) => executor.modelId === modelId).length;
   if (executors === 0) {
     const others = [...new Set(status.executors.map((executor) => executor.modelId))];

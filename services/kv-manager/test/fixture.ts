@@ -3,7 +3,7 @@ import type { BlockRef } from '@lamina/protocol';
 import type { AttentionSpec } from '@lamina/tensor';
 import { KvManager, type KvManagerOptions } from '../src/kv-manager.ts';
 
-export const SPEC: AttentionSpec = {
+const SPEC: AttentionSpec = {
   numLayers: 6,
   numHeads: 4,
   numKvHeads: 2,
