@@ -43,6 +43,7 @@ async function runChecks() {
   const checks = [
     ['biome', [BIN.biome, 'check', '--error-on-warnings', '.']],
     ['tsc', [BIN.tsc, '-b']],
+    ['tsc of the tests', [BIN.tsc, '-p', 'test/tsconfig.json']],
     ['knip', [BIN.knip]],
   ];
   let failed = 0;

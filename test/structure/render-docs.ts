@@ -84,7 +84,7 @@ together; a misspelt \`LAMINA_*\` variable is a problem, not ignored.
 
 ${table(['variable', 'flag', 'default', 'used by', 'meaning'], rows)}
 
-## Launcher
+## Launcher, compose and tests
 
 ${table(['variable', 'meaning'], launcher)}
 `;

@@ -216,9 +216,29 @@ export const SETTINGS = {
 export type SettingName = keyof typeof SETTINGS;
 export type Config = { readonly [Name in SettingName]: (typeof SETTINGS)[Name] extends Setting<infer T> ? T : never };
 
-/** Variables that belong to the launcher, not to a service. */
+/** Variables of the launcher, of docker-compose and of the tests: no service reads them, none refuses them. */
 export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = {
-  LAMINA_NATS_SERVER: 'Path of the nats-server binary that `npm run demo` and `npm start` use.',
+  LAMINA_NATS_SERVER: 'Path of the nats-server binary that `npm run demo`, `npm start` and `npm test` use.',
+  LAMINA_IMAGE: 'Compose: name of the image of all four services.',
+  LAMINA_NATS_IMAGE: 'Compose: name of the nats image that is built on NATS_IMAGE.',
+  LAMINA_NODE_IMAGE: 'Compose: base image, Node 20.19 or later on Debian.',
+  LAMINA_BUILD_NETWORK: 'Compose: network of the image builds.',
+  LAMINA_PULL_POLICY: 'Compose: when images are pulled.',
+  LAMINA_HTTP_BIND: 'Compose: host address of the gateway.',
+  LAMINA_NATS_BIND: 'Compose: host address of nats.',
+  LAMINA_NATS_PORT: 'Compose: host port of nats.',
+  LAMINA_MODELS_DIR: 'Compose: host directory of models, mounted read-only.',
+  LAMINA_MODEL_NAME: 'Compose: directory in it that is served.',
+  LAMINA_SHARD_CPUS: 'Compose: CPUs of one attention-shard.',
+  LAMINA_SHARD_MEMORY: 'Compose: memory limit of one attention-shard.',
+  LAMINA_DENSE_CPUS: 'Compose: CPUs of one dense-executor.',
+  LAMINA_DENSE_MEMORY: 'Compose: memory limit of one dense-executor.',
+  LAMINA_GATEWAY_CPUS: 'Compose: CPUs of the gateway.',
+  LAMINA_GATEWAY_MEMORY: 'Compose: memory limit of the gateway.',
+  LAMINA_KV_MANAGER_MEMORY: 'Compose: memory limit of the kv-manager.',
+  LAMINA_NATS_MEMORY: 'Compose: memory limit of nats.',
+  LAMINA_OFFLINE_IMAGES: 'Tests: build the containers on images that are made from this machine.',
+  LAMINA_E2E_REQUIRED: 'Tests: a missing Docker Engine is a failure, not a skip.',
 };
 
 /** --kv-budget-bytes for LAMINA_KV_BUDGET_BYTES. */
