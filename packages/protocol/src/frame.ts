@@ -91,10 +91,14 @@ function badFrame(what: string, frame: Uint8Array): LaminaError {
 /**
  * The frames of a message (header + body in one buffer): the buffer itself when it fits `maxPayloadBytes`, else copies.
  * Hot path callers test the length first and never get here for one-frame messages.
+ * @throws LaminaError `config_invalid` when a header alone does not fit.
  */
 export function splitFrame(message: Uint8Array, header: FrameHeader, maxPayloadBytes: number): Uint8Array[] {
   if (message.length <= maxPayloadBytes) return [message];
   const partBytes = maxPayloadBytes - FRAME_HEADER_BYTES;
+  if (partBytes < 1) {
+    throw new LaminaError('config_invalid', `max_payload of nats-server is ${maxPayloadBytes}; tensors need far more`);
+  }
   const frames: Uint8Array[] = [];
   for (let offset = 0; offset < header.bodyBytes; offset += partBytes) {
     const bytes = Math.min(partBytes, header.bodyBytes - offset);
@@ -108,7 +112,8 @@ export function splitFrame(message: Uint8Array, header: FrameHeader, maxPayloadB
 
 /**
  * Joins the parts of one body. NATS keeps the order of one publisher, so parts arrive in order; a repeated part is
- * ignored and a gap is an error. The memory is reused from message to message.
+ * ignored and a gap is an error. The memory is reused from message to message, and grows with what has arrived: what
+ * a header promises reserves nothing.
  */
 export class FrameAssembler {
   #body = new Uint8Array(0);
@@ -124,13 +129,16 @@ export class FrameAssembler {
   push(frame: Uint8Array, header: FrameHeader): Uint8Array | undefined {
     const bytes = frame.length - FRAME_HEADER_BYTES;
     if (bytes === header.bodyBytes) return frame.subarray(FRAME_HEADER_BYTES);
-    const key = `${header.kind}.${header.stepId}.${header.layer}`;
-    if (header.partOffset === 0) {
+    if (bytes === 0) return undefined;
+    const { kind, originId, waveIndex, shardIndex, stepId, layer } = header;
+    const key = `${kind}.${originId}.${waveIndex}.${shardIndex}.${stepId}.${layer}`;
+    const isSame = key === this.#key && header.bodyBytes === this.#bodyBytes;
+    const isIncomplete = this.#receivedBytes < this.#bodyBytes;
+    if (header.partOffset === 0 && !(isSame && isIncomplete)) {
       this.#key = key;
       this.#bodyBytes = header.bodyBytes;
       this.#receivedBytes = 0;
-      if (this.#body.length < header.bodyBytes) this.#body = new Uint8Array(header.bodyBytes);
-    } else if (key !== this.#key || header.bodyBytes !== this.#bodyBytes || header.partOffset > this.#receivedBytes) {
+    } else if (!isSame || header.partOffset > this.#receivedBytes) {
       throw badFrame(
         `part at ${header.partOffset} does not follow ${this.#receivedBytes} bytes of the same message`,
         frame,
@@ -138,8 +146,16 @@ export class FrameAssembler {
     } else if (header.partOffset < this.#receivedBytes) {
       return undefined;
     }
+    this.#reserve(header.partOffset + bytes);
     this.#body.set(frame.subarray(FRAME_HEADER_BYTES), header.partOffset);
     this.#receivedBytes += bytes;
     return this.#receivedBytes === this.#bodyBytes ? this.#body.subarray(0, this.#bodyBytes) : undefined;
+  }
+
+  #reserve(bytes: number): void {
+    if (this.#body.length >= bytes) return;
+    const body = new Uint8Array(Math.min(this.#bodyBytes, 2 * bytes));
+    body.set(this.#body.subarray(0, this.#receivedBytes));
+    this.#body = body;
   }
 }

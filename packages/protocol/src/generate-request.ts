@@ -20,6 +20,20 @@ const stopStringSchema = z
   .min(1, 'a stop string must not be empty')
   .max(LIMITS.stopStringCharacters, `a stop string has at most ${LIMITS.stopStringCharacters} characters`);
 
+/** One pass and at most one issue, the first: an issue per token of a large bad prompt would hold its reader up for seconds. */
+const tokenIdsSchema = z
+  .custom<number[]>(Array.isArray, 'must be an array of token ids')
+  .superRefine((ids, context) => {
+    if (ids.length === 0) context.addIssue({ code: 'custom', message: 'must not be empty' });
+    if (ids.length > LIMITS.promptTokens)
+      context.addIssue({
+        code: 'custom',
+        message: `has ${ids.length} tokens; at most ${LIMITS.promptTokens} are taken`,
+      });
+    const bad = ids.findIndex((id) => !Number.isSafeInteger(id) || id < 0);
+    if (bad >= 0) context.addIssue({ code: 'custom', path: [bad], message: 'must be an integer that is at least 0' });
+  });
+
 export const generateRequestSchema = z
   .strictObject({
     id: idSchema.optional(),
@@ -30,7 +44,7 @@ export const generateRequestSchema = z
       .min(1, 'must not be empty')
       .max(LIMITS.messages)
       .optional(),
-    token_ids: z.array(z.int().min(0)).min(1, 'must not be empty').max(LIMITS.promptTokens).optional(),
+    token_ids: tokenIdsSchema.optional(),
     max_tokens: z.int().min(1).max(LIMITS.maxTokens).optional(),
     temperature: z.number().min(0).max(100).optional(),
     top_p: z.number().gt(0).max(1).optional(),
@@ -123,7 +137,7 @@ export function requestIdOf(body: Uint8Array): string | undefined {
   }
 }
 
-/** @throws LaminaError `invalid_request` that lists every bad field. */
+/** @throws LaminaError `invalid_request` that lists the bad fields. */
 export function parseGenerateBody(body: Uint8Array): ParsedGenerateBody {
   const { encoding, value } = decodeBody(body);
   const result = generateRequestSchema.safeParse(value);

@@ -17,29 +17,58 @@ export const errorBodySchema = z.object({
 });
 export type ErrorBody = z.infer<typeof errorBodySchema>;
 
-export const attentionSpecSchema: z.ZodType<AttentionSpec> = z.object({
+const perHead = z.array(z.number()).max(1024);
+
+const attentionFields = {
   numLayers: z.int().min(1).max(LIMITS.layers),
   numHeads: z.int().min(1).max(1024),
   numKvHeads: z.int().min(1).max(1024),
   headDim: z.int().min(8).max(256),
   scale: z.number().positive(),
-});
+  softcap: z.number().positive().optional(),
+  windowTokens: z.array(z.int().min(0)).max(LIMITS.layers).optional(),
+  sinkLogits: z.array(perHead).max(LIMITS.layers).optional(),
+  alibiSlopes: perHead.optional(),
+};
 
-export const kvLayoutSchema: z.ZodType<KvLayout> = z.object({
-  numLayers: z.int().min(1).max(LIMITS.layers),
-  numHeads: z.int().min(1).max(1024),
-  numKvHeads: z.int().min(1).max(1024),
-  headDim: z.int().min(8).max(256),
-  scale: z.number().positive(),
-  blockSizeTokens: z.int().min(8).max(1024).multipleOf(8),
-  kvDtype: z.enum(['f16', 'f32']),
-});
+/** Arrays must have as many entries as there are layers or heads. */
+function hasRightLengths({ numLayers, numHeads, windowTokens, sinkLogits, alibiSlopes }: AttentionSpec): boolean {
+  return (
+    (windowTokens === undefined || windowTokens.length === numLayers) &&
+    (sinkLogits === undefined ||
+      (sinkLogits.length === numLayers && sinkLogits.every((logits) => logits.length === numHeads))) &&
+    (alibiSlopes === undefined || alibiSlopes.length === numHeads)
+  );
+}
 
-/** One line per problem: `field: what is wrong`. */
+const LENGTHS_MESSAGE =
+  'windowTokens and sinkLogits need an entry per layer, sinkLogits[l] and alibiSlopes one per head';
+
+export const attentionSpecSchema: z.ZodType<AttentionSpec> = z
+  .object(attentionFields)
+  .refine(hasRightLengths, LENGTHS_MESSAGE);
+
+export const kvLayoutSchema: z.ZodType<KvLayout> = z
+  .object({
+    ...attentionFields,
+    blockSizeTokens: z.int().min(8).max(1024).multipleOf(8),
+    kvDtype: z.enum(['f16', 'f32']),
+  })
+  .refine(hasRightLengths, LENGTHS_MESSAGE);
+
+/** Bounds of a description: it travels in a reply, which must fit a message whatever was sent. */
+const MAX_ISSUES = 16;
+const MAX_ISSUE_CHARACTERS = 300;
+
+/** The first problems, `field: what is wrong`, and how many more there are. */
 export function describeIssues(error: z.ZodError): string {
-  return error.issues
-    .map((issue) => (issue.path.length === 0 ? issue.message : `${issue.path.join('.')}: ${issue.message}`))
-    .join('; ');
+  const { issues } = error;
+  const lines = issues.slice(0, MAX_ISSUES).map((issue) => {
+    const line = issue.path.length === 0 ? issue.message : `${issue.path.join('.')}: ${issue.message}`;
+    return line.length <= MAX_ISSUE_CHARACTERS ? line : `${line.slice(0, MAX_ISSUE_CHARACTERS)}...`;
+  });
+  if (issues.length > MAX_ISSUES) lines.push(`and ${issues.length - MAX_ISSUES} more`);
+  return lines.join('; ');
 }
 
 /** @throws LaminaError `protocol_violation` naming the message and its bad fields. */

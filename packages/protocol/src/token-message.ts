@@ -6,6 +6,7 @@
  * 2. `finish_reason` is null until the last message; the last one has the header `Lamina-Final: true`.
  * 3. A last message without a token (cancelled, error) has `token: null` and the index the next token would have had.
  */
+import { LaminaError } from '@lamina/tensor';
 import { z } from 'zod';
 import { packMessage, unpackMessage } from './codec.ts';
 import type { WireEncoding } from './generate-request.ts';
@@ -48,6 +49,17 @@ export function encodeTokens(messages: readonly TokenMessage[], encoding: WireEn
 /** @throws LaminaError `protocol_violation` */
 export function decodeTokens(bytes: Uint8Array): TokenMessage[] {
   const first = bytes[0];
-  const value: unknown = first === 0x7b || first === 0x5b ? JSON.parse(decoder.decode(bytes)) : unpackMessage(bytes);
+  const value = first === 0x7b || first === 0x5b ? parseJson(bytes) : unpackMessage(bytes);
   return parseMessage('token', answerSchema, value);
+}
+
+function parseJson(bytes: Uint8Array): unknown {
+  try {
+    return JSON.parse(decoder.decode(bytes));
+  } catch (cause) {
+    throw new LaminaError('protocol_violation', 'a token message is not valid JSON', {
+      cause,
+      diagnostics: { bytes: bytes.length },
+    });
+  }
 }

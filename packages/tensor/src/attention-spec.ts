@@ -5,7 +5,7 @@
 /** How K and V are stored in a block. The wire is always float32. */
 export type KvDtype = 'f16' | 'f32';
 
-/** Shape of the attention that a model asks for, the same in every layer. */
+/** Shape of the attention that a model asks for: head shapes are the same in every layer, the rest may differ. */
 export interface AttentionSpec {
   readonly numLayers: number;
   /** Query heads; a multiple of numKvHeads. */
@@ -15,6 +15,14 @@ export interface AttentionSpec {
   readonly headDim: number;
   /** Multiplies q.k before the softmax, usually 1/sqrt(headDim). */
   readonly scale: number;
+  /** Scores become softcap * tanh(score / softcap) before the mask; absent = off (Gemma 2). */
+  readonly softcap?: number | undefined;
+  /** [numLayers] Tokens that a query sees, itself included: keys with queryPosition - keyPosition < window; 0 = all. Absent = all in every layer. */
+  readonly windowTokens?: readonly number[] | undefined;
+  /** [numLayers][numHeads] Logit of a key without a value that only takes weight away; absent = none. Applied by the gather, once. */
+  readonly sinkLogits?: readonly (readonly number[])[] | undefined;
+  /** [numHeads] Added to a score: slope * (keyPosition - queryPosition); absent = none. */
+  readonly alibiSlopes?: readonly number[] | undefined;
 }
 
 /** How the cluster stores KV: the attention spec plus what the kv-manager decides. */
