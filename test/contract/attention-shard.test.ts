@@ -30,7 +30,7 @@ const BLOCK = 16;
 const BLOCK_BYTES = blockBytes({ ...SPEC, blockSizeTokens: BLOCK, kvDtype: 'f32' });
 const MAX_PAYLOAD_BYTES = 8192;
 const ORIGIN = 77;
-const REPLY = SUBJECTS.workerTensors('test-worker');
+const REPLY = SUBJECTS.workerTensors('test-worker', 0, 0);
 /** fp32 KV: only the order of the sums differs from the oracle. */
 const TOLERANCE = 1e-5;
 
@@ -135,9 +135,14 @@ function randomLayer(plan: StepPlan): Float32Array {
   return randomTensor(attendBytes(plan, SPEC.numHeads, SPEC.numKvHeads, SPEC.headDim) / 4);
 }
 
-/** Causal attention of one chunk over itself and `past` chunks of the same request, in float64: o, then lse. */
-function oracle(chunks: readonly { qkv: Float32Array; numTokens: number }[]): Float64Array {
-  const { numHeads, numKvHeads, headDim, scale } = SPEC;
+/** Causal attention of the last chunk over itself and the ones before it of the same request, in float64: o, then lse. */
+function oracle(
+  chunks: readonly { qkv: Float32Array; numTokens: number }[],
+  spec: AttentionSpec = SPEC,
+  layer = 0,
+): Float64Array {
+  const { numHeads, numKvHeads, headDim, scale, softcap, alibiSlopes } = spec;
+  const windowTokens = spec.windowTokens?.[layer] || Number.POSITIVE_INFINITY;
   const keys: { k: Float32Array; v: Float32Array }[] = [];
   for (const { qkv, numTokens } of chunks) {
     const kStart = numTokens * numHeads * headDim;
@@ -156,11 +161,14 @@ function oracle(chunks: readonly { qkv: Float32Array; numTokens: number }[]): Fl
     for (let head = 0; head < numHeads; head++) {
       const kvHead = Math.floor((head * numKvHeads) / numHeads);
       const cell = row * numHeads + head;
-      const seen = keys.slice(0, firstPosition + row + 1);
-      const scores = seen.map(({ k }) => {
+      const queryPosition = firstPosition + row;
+      const firstSeen = Math.max(0, queryPosition - windowTokens + 1);
+      const seen = keys.slice(firstSeen, queryPosition + 1);
+      const scores = seen.map(({ k }, i) => {
         let dot = 0;
         for (let d = 0; d < headDim; d++) dot += qkv[cell * headDim + d]! * k[kvHead * headDim + d]!;
-        return dot * scale;
+        const score = softcap === undefined ? dot * scale : softcap * Math.tanh((dot * scale) / softcap);
+        return score + (alibiSlopes?.[head] ?? 0) * (firstSeen + i - queryPosition);
       });
       const maximum = Math.max(...scores);
       const sum = scores.reduce((total, score) => total + Math.exp(score - maximum), 0);
@@ -315,4 +323,51 @@ test('a shard that stops answers what is in flight', async () => {
   await bus.flush();
   await shard.stop();
   expectClose((await answer(0)).body, oracle([{ qkv, numTokens: 40 }]));
+});
+
+test('a model that soft-caps, has windows, ALiBi and sinks takes the place of another: partials equal float64 attention', async () => {
+  const spec: AttentionSpec = {
+    ...SPEC,
+    softcap: 2,
+    windowTokens: [12, 0],
+    alibiSlopes: [0.5, 0.25, 0.125, 0.0625],
+    // Not a shard's business: they would be counted once per shard.
+    sinkLogits: [
+      [9, 9, 9, 9],
+      [9, 9, 9, 9],
+    ],
+  };
+  const formerId = shardId;
+  await bus.request(ENDPOINTS.executorLeave, { executorId: 'e1' }, { timeoutMs: 1000 });
+  await bus.request(ENDPOINTS.executorHeartbeat, { executorId: 'e2', modelId: 'n', spec }, { timeoutMs: 1000 });
+  shardId = await eventually(async () => {
+    const { shards } = await bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 1000 });
+    return shards.find((entry) => entry.numBlocks === 8 && entry.shardId !== formerId)?.shardId;
+  });
+  const prompt = prefillPlan(40, [4, 1, 6]);
+  const layers = [randomLayer(prompt), randomLayer(prompt)];
+  sendPlan(prompt);
+  for (const [layer, qkv] of layers.entries()) {
+    sendLayer(layer, qkv);
+    expectClose((await answer(layer)).body, oracle([{ qkv, numTokens: 40 }], spec, layer));
+  }
+  const decode: StepPlan = {
+    numQueryRows: 1,
+    numKvRows: 1,
+    segments: Int32Array.of(0, 1, 40, 0, 3),
+    blocks: Int32Array.of(4, 0, 16, 1, 16, 16, 6, 32, 9),
+    kvSlots: Int32Array.of(6 * BLOCK + 8),
+  };
+  sendPlan(decode, { stepId: 6 });
+  for (const [layer, past] of layers.entries()) {
+    const qkv = randomLayer(decode);
+    sendLayer(layer, qkv, { stepId: 6 });
+    const chunks = [
+      { qkv: past, numTokens: 40 },
+      { qkv, numTokens: 1 },
+    ];
+    expectClose((await answer(2 + layer)).body, oracle(chunks, spec, layer));
+  }
+  // Prefill reads all 40 tokens in both layers; then the window leaves 16 + 9 of 41 in the first layer.
+  expect(shard.running.stats?.()).toMatchObject({ attends: 4, tokensAttended: 40 + 40 + 25 + 41 });
 });

@@ -11,8 +11,8 @@ import {
   readConfig,
   type Service,
   type ServiceContext,
-  VERSION,
 } from '@lamina/runtime';
+import { VERSION } from '@lamina/runtime/config';
 
 export interface InProcessService {
   readonly context: ServiceContext;

@@ -67,7 +67,11 @@ async function readyShards(count: number): Promise<KvStatus['shards']> {
 }
 
 function allocate(requestId: string, numTokens: number, maxTokens = numTokens) {
-  return bus.request(ENDPOINTS.allocate, { requestId, executorId: 'e1', numTokens, maxTokens }, TIMEOUT);
+  return bus.request(
+    ENDPOINTS.allocate,
+    { requestId, executorId: 'e1', numTokens, maxTokens, deliveryCount: 1 },
+    TIMEOUT,
+  );
 }
 
 test('a shard that is there first gets its layout when an executor comes, and a late one the next block', async () => {
@@ -81,7 +85,7 @@ test('a shard that is there first gets its layout when an executor comes, and a 
   await readyShards(2);
   const extended = await bus.request(
     ENDPOINTS.extend,
-    { requestId: 'a', executorId: 'e1', numTokens: blocks.length * 16 + 1 },
+    { requestId: 'a', executorId: 'e1', numBlocks: blocks.length, numTokens: blocks.length * 16 + 1 },
     TIMEOUT,
   );
   expect(extended.blocks.map((ref) => ref.shardId)).toEqual([late.context.instanceId]);
@@ -90,6 +94,8 @@ test('a shard that is there first gets its layout when an executor comes, and a 
     return all.some(({ data }) => JSON.stringify(data).includes('"blocksUsed":7')) ? all : undefined;
   });
   expect(stats).toHaveLength(2);
+  await bus.request(ENDPOINTS.trim, { requestId: 'a', executorId: 'e1', numFreedBlocks: 3 }, TIMEOUT);
+  expect((await status()).shards.map((shard) => shard.usedBlocks)).toEqual([4, 1]);
   await bus.request(ENDPOINTS.free, { requestId: 'a', executorId: 'e1' }, TIMEOUT);
   expect((await status()).shards.map((shard) => shard.usedBlocks)).toEqual([0, 0]);
 });

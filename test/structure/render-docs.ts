@@ -1,6 +1,6 @@
 /** Renders the parts of docs/ that are generated from the code. */
 import { ENDPOINTS, EVENTS, SERVICE_NAMES, STREAMS, SUBJECT_NOTES } from '@lamina/protocol';
-import { flagOf, LAUNCHER_VARIABLES, SERVICES, SETTINGS, type SettingName } from '@lamina/runtime';
+import { flagOf, HUB_VARIABLES, LAUNCHER_VARIABLES, SERVICES, SETTINGS, type SettingName } from '@lamina/runtime';
 import { ERROR_CODES } from '@lamina/tensor';
 import type { AnyStateNode } from 'xstate';
 import { requestMachine } from '../../services/dense-executor/src/request/machine.ts';
@@ -74,6 +74,7 @@ export function renderConfiguration(): string {
       meaning,
     ];
   });
+  const hub = Object.entries(HUB_VARIABLES).map(([name, meaning]) => [`\`${name}\``, meaning]);
   const launcher = Object.entries(LAUNCHER_VARIABLES).map(([name, meaning]) => [`\`${name}\``, meaning]);
   return `# Configuration
 
@@ -83,6 +84,10 @@ Flags win over environment variables, those over defaults. A service checks ever
 together; a misspelt \`LAMINA_*\` variable is a problem, not ignored.
 
 ${table(['variable', 'flag', 'default', 'used by', 'meaning'], rows)}
+
+## The hub
+
+${table(['variable', 'meaning'], hub)}
 
 ## Launcher, compose and tests
 

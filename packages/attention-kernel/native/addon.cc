@@ -23,6 +23,7 @@ struct KernelHandle {
   uint64_t magic = kMagic;
   napi_env env = nullptr;
   Engine engine{};
+  std::unique_ptr<ScoreRules> rules;
   std::unique_ptr<Slab> slab;
   std::unique_ptr<WorkerPool> pool;
   napi_threadsafe_function completion = nullptr;
@@ -63,24 +64,35 @@ void complete(napi_env env, napi_value on_done, void* context, void* data) {
   napi_call_function(env, receiver, on_done, 1, &id, nullptr);
 }
 
-/** create(numLayers, numHeads, numKvHeads, headDim, scale, blockSizeTokens, isF16, numBlocks, numThreads, simd, onDone) */
+/**
+ * create(numLayers, numHeads, numKvHeads, headDim, scale, softcap, windowTokens, alibiSlopes, blockSizeTokens, isF16,
+ * numBlocks, numThreads, simd, onDone)
+ */
 napi_value create(napi_env env, napi_callback_info info) {
-  napi_value args[11];
-  if (!read_arguments(env, info, 11, args)) return nullptr;
+  napi_value args[14];
+  if (!read_arguments(env, info, 14, args)) return nullptr;
   KvShape shape{};
   double scale = 0;
+  double softcap = 0;
+  std::vector<int32_t> window_tokens;
+  std::vector<float> alibi_slopes;
   int32_t num_blocks = 0;
   int32_t num_threads = 0;
   std::string simd;
   if (!read_int32(env, args[0], &shape.num_layers) || !read_int32(env, args[1], &shape.num_heads) ||
       !read_int32(env, args[2], &shape.num_kv_heads) || !read_int32(env, args[3], &shape.head_dim) ||
-      !read_double(env, args[4], &scale) || !read_int32(env, args[5], &shape.block_size_tokens) ||
-      !read_bool(env, args[6], &shape.is_f16) || !read_int32(env, args[7], &num_blocks) ||
-      !read_int32(env, args[8], &num_threads) || !read_string(env, args[9], &simd))
+      !read_double(env, args[4], &scale) || !read_double(env, args[5], &softcap) ||
+      !read_int32_array(env, args[6], &window_tokens) || !read_float_array(env, args[7], &alibi_slopes) ||
+      !read_int32(env, args[8], &shape.block_size_tokens) || !read_bool(env, args[9], &shape.is_f16) ||
+      !read_int32(env, args[10], &num_blocks) || !read_int32(env, args[11], &num_threads) ||
+      !read_string(env, args[12], &simd))
     return nullptr;
   shape.scale = float(scale);
   if (shape.head_dim > kMaxHeadDim || shape.head_dim < 8 || num_blocks < 1 || num_threads < 1)
     return fail(env, "shape out of range");
+  if ((!window_tokens.empty() && window_tokens.size() != size_t(shape.num_layers)) ||
+      (!alibi_slopes.empty() && alibi_slopes.size() != size_t(shape.num_heads)))
+    return fail(env, "windowTokens needs an entry per layer and alibiSlopes one per head");
   const SimdKernel* variant = choose_kernel(shape, simd);
   if (variant == nullptr) return fail(env, "this processor or this shape has no such SIMD variant");
 
@@ -89,12 +101,13 @@ napi_value create(napi_env env, napi_callback_info info) {
   napi_value name;
   napi_create_string_utf8(env, "lamina.attend", NAPI_AUTO_LENGTH, &name);
   try {
+    kernel->rules.reset(new ScoreRules(shape, softcap, window_tokens, alibi_slopes));
     kernel->slab.reset(new Slab(shape, num_blocks));
   } catch (const std::bad_alloc&) {
     return fail(env, "the operating system refused the memory");
   }
-  kernel->engine = Engine{shape, num_blocks, variant, kernel->slab.get()};
-  if (napi_create_threadsafe_function(env, args[10], nullptr, name, 0, 1, nullptr, nullptr, kernel.get(), complete,
+  kernel->engine = Engine{shape, num_blocks, variant, kernel->slab.get(), kernel->rules.get()};
+  if (napi_create_threadsafe_function(env, args[13], nullptr, name, 0, 1, nullptr, nullptr, kernel.get(), complete,
                                       &kernel->completion) != napi_ok)
     return fail(env, "no completion queue could be made");
   napi_unref_threadsafe_function(env, kernel->completion);
@@ -170,8 +183,8 @@ napi_value begin_step(napi_env env, napi_callback_info info) {
       blocks[i] = {b[0], b[1], b[2]};
     }
     std::unique_ptr<StepHandle> box(new StepHandle());
-    box->step = std::make_shared<Step>(kernel->engine.shape, kernel->pool->num_threads(), num_query_rows, num_kv_rows,
-                                       std::move(segments), std::move(blocks), std::move(kv_slots));
+    box->step = std::make_shared<Step>(kernel->engine.shape, *kernel->rules, kernel->pool->num_threads(), num_query_rows,
+                                       num_kv_rows, std::move(segments), std::move(blocks), std::move(kv_slots));
     napi_value handle;
     if (napi_create_external(
             env, box.get(), [](napi_env, void* data, void*) { delete static_cast<StepHandle*>(data); }, nullptr,

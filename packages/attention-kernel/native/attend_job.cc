@@ -98,8 +98,9 @@ static void merge_group(const Engine& engine, const Job& job, const Group& group
 void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const Scratch& scratch) {
   Step& step = *job.step;
   const KvShape& shape = engine.shape;
-  const Unit& unit = step.units[index];
-  const Group& group = step.groups[unit.group];
+  Division& division = engine.division_of(job);
+  const Unit& unit = division.units[index];
+  const Group& group = division.groups[unit.group];
   const Segment& segment = step.segments[group.segment];
   const int32_t head_dim = shape.head_dim;
   TileTask task;
@@ -114,6 +115,11 @@ void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const 
   task.first_position = segment.first_position;
   task.head_dim = head_dim;
   task.block_size_tokens = shape.block_size_tokens;
+  task.window_tokens = division.window_tokens;
+  const ScoreRules& rules = *engine.rules;
+  task.softcap = rules.softcap;
+  task.alibi_slopes = rules.alibi_slopes.empty() ? nullptr : rules.alibi_slopes.data() + group.kv_head * task.group;
+  task.adjusts_scores = task.softcap != 0.0f || task.alibi_slopes != nullptr;
 
   const float scale = shape.scale * kLog2E;
   for (int32_t row = 0; row < group.num_rows; row++) {
@@ -139,7 +145,7 @@ void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const 
     partial[head_dim] = scratch.maximum[row];
     partial[head_dim + 1] = scratch.sum[row * kMaxLanes];
   }
-  std::atomic<int32_t>& pending = step.pending[unit.group];
+  std::atomic<int32_t>& pending = division.pending[unit.group];
   if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
     merge_group(engine, job, group);
     pending.store(group.num_units, std::memory_order_relaxed);

@@ -26,6 +26,12 @@ struct Engine {
   int32_t num_blocks;
   const SimdKernel* simd;
   Slab* slab;
+  const ScoreRules* rules;
+
+  /** The units of the job's layer. */
+  Division& division_of(const Job& job) const {
+    return job.step->divisions[size_t(rules->window_of_layer[size_t(job.layer)])];
+  }
 };
 
 /** Scratch of one worker thread. */

@@ -27,6 +27,8 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.69314718055994530942;
 /** Running maximum before any key was seen: finite, so that subtracting it never makes NaN. */
 constexpr float kNoScore = -1e30f;
+/** A window that hides no token. */
+constexpr int32_t kNoWindow = INT32_MAX;
 
 struct KvShape {
   int32_t num_layers;
@@ -59,6 +61,14 @@ struct TileTask {
   int32_t first_position;
   int32_t head_dim;
   int32_t block_size_tokens;
+  /** A query sees the keys with 0 <= queryPosition - keyPosition < window_tokens. */
+  int32_t window_tokens;
+  /** True when softcap or alibi_slopes change the scores. */
+  bool adjusts_scores;
+  /** Scores become softcap * tanh(score / softcap), in log2 units; 0 = off. */
+  float softcap;
+  /** [group] slopes of this KV head's query heads in log2 units, or null. */
+  const float* alibi_slopes;
 };
 
 /** One per worker thread; every pointer 64-byte aligned. */

@@ -72,6 +72,15 @@ inline bool read_int32_array(napi_env env, napi_value value, std::vector<int32_t
   return true;
 }
 
+inline bool read_float_array(napi_env env, napi_value value, std::vector<float>* out) {
+  void* data = nullptr;
+  size_t length = 0;
+  if (!read_typed_array(env, value, napi_float32_array, &data, &length)) return false;
+  const float* first = static_cast<const float*>(data);
+  if (length > 0) out->assign(first, first + length);
+  return true;
+}
+
 /** A pointer that this addon wrapped in an external and tagged with `magic` in its first field. */
 template <class T>
 T* read_external(napi_env env, napi_value value) {

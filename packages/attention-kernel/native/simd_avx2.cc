@@ -29,6 +29,8 @@ struct Avx2 {
   static LAMINA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static LAMINA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static LAMINA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static LAMINA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static LAMINA_INLINE Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static LAMINA_INLINE bool any_greater(Reg a, Reg b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
   static LAMINA_INLINE float reduce_max(Reg a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -29,6 +29,8 @@ struct Avx512 {
   static LAMINA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static LAMINA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static LAMINA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static LAMINA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static LAMINA_INLINE Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static LAMINA_INLINE bool any_greater(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   static LAMINA_INLINE float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
   /** 2^x for x <= 0: 0 below -126 (no subnormals); NaN stays NaN. */

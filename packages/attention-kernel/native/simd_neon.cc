@@ -27,6 +27,8 @@ struct Neon {
   static LAMINA_INLINE Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static LAMINA_INLINE Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static LAMINA_INLINE Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
+  static LAMINA_INLINE Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
+  static LAMINA_INLINE Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
   static LAMINA_INLINE bool any_greater(Reg a, Reg b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
   static LAMINA_INLINE float reduce_max(Reg a) { return vmaxvq_f32(a); }
   /** 2^x for x <= 0: 0 below -126 (no subnormals); NaN stays NaN. */

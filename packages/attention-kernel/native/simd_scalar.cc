@@ -53,6 +53,8 @@ struct Scalar {
   static LAMINA_INLINE Reg mul(Reg a, Reg b) { return a * b; }
   static LAMINA_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static LAMINA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static LAMINA_INLINE Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static LAMINA_INLINE Reg div(Reg a, Reg b) { return a / b; }
   static LAMINA_INLINE bool any_greater(Reg a, Reg b) {
     return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3];
   }

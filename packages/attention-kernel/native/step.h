@@ -1,4 +1,5 @@
-// Owns what is the same for all layers of a step: the plan's copy and its division into work units.
+// Owns what is the same for all layers of a step: the plan's copy and its divisions into work units, one per distinct
+// window of the layers.
 //
 // A unit is (segment, KV head, tile of query rows, range of blocks). Units of one (segment, head, tile) form a group; a
 // group of several units keeps their partial (acc, maximum, sum) and whoever finishes last merges them exactly.
@@ -6,13 +7,14 @@
 // Invariants
 // 1. Indices were checked in TypeScript (plan-check.ts); nothing is checked here.
 // 2. A step's partials are used by one attend at a time (the pool runs one job at a time).
+// 3. A unit's blocks each hold a position that some query of its tile may see: blocks wholly outside are never read.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "attention_types.h"
+#include "score_rules.h"
 
 namespace lamina {
 
@@ -41,8 +43,17 @@ struct Unit {
   int32_t block_end;
 };
 
+/** The units of a layer whose queries see `window_tokens`. */
+struct Division {
+  int32_t window_tokens;
+  std::vector<Group> groups;
+  std::vector<Unit> units;
+  /** Units of each group that have not finished in the current attend. */
+  std::unique_ptr<std::atomic<int32_t>[]> pending;
+};
+
 struct Step {
-  Step(const KvShape& shape, int32_t num_threads, int32_t num_query_rows, int32_t num_kv_rows,
+  Step(const KvShape& shape, const ScoreRules& rules, int32_t num_threads, int32_t num_query_rows, int32_t num_kv_rows,
        std::vector<Segment> segments, std::vector<BlockRef> blocks, std::vector<int32_t> kv_slots);
 
   int32_t num_query_rows;
@@ -50,11 +61,10 @@ struct Step {
   std::vector<Segment> segments;
   std::vector<BlockRef> blocks;
   std::vector<int32_t> kv_slots;
-  std::vector<Group> groups;
-  std::vector<Unit> units;
+  /** As ScoreRules.windows. */
+  std::vector<Division> divisions;
+  /** Shared by the divisions (invariant 2). */
   std::vector<float> partials;
-  /** Units of each group that have not finished in the current attend. */
-  std::unique_ptr<std::atomic<int32_t>[]> pending;
   int32_t rows_per_store_unit;
   int32_t num_store_units;
 };

@@ -10,13 +10,13 @@
 //    rows of the next step are prefetched.
 // 3. V rows past the valid tokens are never read: a stale NaN there must not reach 0 * NaN. Stale K lanes are masked.
 // 4. A row that sees no key ends with sum 0 and acc 0.
+// 5. Soft-cap and ALiBi cost one branch per piece when off; they come before the mask, so what stale lanes make of them
+//    is overwritten.
 #pragma once
-#include "attention_types.h"
+#include "score_math.h"
 
 namespace lamina {
 namespace {
-
-#define LAMINA_INLINE inline __attribute__((always_inline))
 
 template <class V, class T>
 struct TileKernel {
@@ -135,6 +135,22 @@ struct TileKernel {
     return task.first_position + (task.row_begin + row) / task.group;
   }
 
+  /** Soft-cap, then ALiBi, on one row of a piece. */
+  static __attribute__((noinline)) void adjust(const TileTask& task, int row, const Piece& piece, float* scores) {
+    if (task.softcap != 0.0f) {
+      const Reg cap = V::set1(task.softcap);
+      const Reg inverse = V::set1(1.0f / task.softcap);
+      for (int j = 0; j < piece.columns; j += W)
+        V::store(scores + j, V::mul(cap, tanh<V>(V::mul(V::load(scores + j), inverse))));
+    }
+    if (task.alibi_slopes != nullptr) {
+      const Reg slope = V::set1(task.alibi_slopes[(task.row_begin + row) % task.group]);
+      const Reg distance = V::set1(float(piece.first_position - position(task, row)));
+      for (int j = 0; j < piece.columns; j += W)
+        V::store(scores + j, V::fma(slope, V::add(distance, V::load(kColumn.index + j)), V::load(scores + j)));
+    }
+  }
+
   /** Scores of `columns` tokens become weights p; maximum, sum and acc of the row follow. */
   static LAMINA_INLINE void softmax(float* scores, int columns, float* maximum, float* sum, float* acc, int head_dim) {
     Reg top = V::load(scores);
@@ -167,12 +183,15 @@ struct TileKernel {
     const float* q = scratch.q + row0 * kRowStride;
     float* acc = scratch.acc + row0 * kRowStride;
     const int32_t last_position = position(task, row0 + R - 1);
+    /** Oldest position that the first of these rows sees; the others see no older one. */
+    const int32_t oldest =
+        position(task, row0) < task.window_tokens ? 0 : position(task, row0) - task.window_tokens + 1;
     int columns = 0;
     for (int i = 0; i < num_pieces; i++) {
       const Piece& piece = pieces[i];
       float* scores = scratch.scores + columns;
       columns += piece.columns;
-      if (piece.first_position > last_position) {
+      if (piece.first_position > last_position || piece.first_position + piece.columns <= oldest) {
         for (int r = 0; r < R; r++)
           for (int t = 0; t < piece.columns; t++) scores[r * kScoreStride + t] = -__builtin_inff();
         continue;
@@ -180,8 +199,18 @@ struct TileKernel {
       const ptrdiff_t ahead =
           i < num_next ? reinterpret_cast<const char*>(next[i].k) - reinterpret_cast<const char*>(piece.k) : 0;
       product<R, NV, kRowStride, kScoreStride, false>(q, head_dim, piece.k, bs, scores, piece.columns, ahead);
-      if (piece.num_tokens == piece.columns && position(task, row0) - piece.first_position + 1 >= piece.columns) continue;
+      if (task.adjusts_scores)
+        for (int r = 0; r < R; r++) adjust(task, row0 + r, piece, scores + r * kScoreStride);
+      const bool hides_old = last_position - piece.first_position >= task.window_tokens;
+      if (!hides_old && piece.num_tokens == piece.columns &&
+          position(task, row0) - piece.first_position + 1 >= piece.columns)
+        continue;
       for (int r = 0; r < R; r++) {
+        if (hides_old) {
+          int hidden = position(task, row0 + r) - task.window_tokens + 1 - piece.first_position;
+          if (hidden > piece.columns) hidden = piece.columns;
+          for (int t = 0; t < hidden; t++) scores[r * kScoreStride + t] = -__builtin_inff();
+        }
         int visible = position(task, row0 + r) - piece.first_position + 1;
         if (visible < 0) visible = 0;
         if (visible > piece.num_tokens) visible = piece.num_tokens;
@@ -198,10 +227,13 @@ struct TileKernel {
       columns += piece.columns;
       int tokens = last_position - piece.first_position + 1;
       if (tokens > piece.num_tokens) tokens = piece.num_tokens;
-      if (tokens <= 0) continue;
+      int hidden = oldest - piece.first_position;
+      if (hidden < 0) hidden = 0;
+      if (tokens <= hidden) continue;
       const ptrdiff_t ahead =
           i < num_next ? reinterpret_cast<const char*>(next[i].v) - reinterpret_cast<const char*>(piece.v) : 0;
-      product<R, NV, kScoreStride, kRowStride, true>(p, tokens, piece.v, head_dim, acc, head_dim, ahead);
+      product<R, NV, kScoreStride, kRowStride, true>(p + hidden, tokens - hidden, piece.v + ptrdiff_t(hidden) * head_dim,
+                                                        head_dim, acc, head_dim, ahead);
     }
   }
 
@@ -265,10 +297,6 @@ float bare_read(const uint8_t* bytes, size_t num_bytes) {
     for (int j = 0; j < 4; j++) sum[j] = V::add(sum[j], V::load(at + j * V::kLanes));
   return V::reduce_max(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
 }
-
-/** Coefficients of 2^f on [-0.5, 0.5], relative error 2e-7, highest power first. */
-constexpr float kExp2[7] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
-                            2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
 
 #define LAMINA_DEFINE_KERNEL(SYMBOL, NAME, SIMD, V)                                                       \
   const SimdKernel SYMBOL = {NAME,                                                                        \

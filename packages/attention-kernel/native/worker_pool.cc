@@ -49,7 +49,7 @@ void WorkerPool::advance() {
       num_units_ = jobs_.front().step->num_store_units;
     } else {
       phase_ = Phase::kAttend;
-      num_units_ = int32_t(jobs_.front().step->units.size());
+      num_units_ = int32_t(engine_.division_of(jobs_.front()).units.size());
     }
     next_unit_ = 0;
     finished_units_ = 0;

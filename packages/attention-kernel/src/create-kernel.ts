@@ -36,6 +36,22 @@ function checkLayout(layout: KvLayout): void {
   if (!Number.isFinite(layout.scale)) {
     throw new LaminaError('config_invalid', `attention kernel: scale is ${layout.scale}; it must be finite`);
   }
+  checkScoreRules(layout);
+}
+
+function checkScoreRules({ softcap, windowTokens, alibiSlopes, numLayers, numHeads }: KvLayout): void {
+  if (softcap !== undefined && !(softcap > 0 && Number.isFinite(softcap))) {
+    throw new LaminaError('config_invalid', `attention kernel: softcap is ${softcap}; it must be finite and positive`);
+  }
+  if (windowTokens !== undefined) {
+    checkRange('length of windowTokens', windowTokens.length, numLayers, numLayers, 1);
+    for (const window of windowTokens) checkRange('windowTokens', window, 0, 2 ** 31 - 1, 1);
+  }
+  if (alibiSlopes !== undefined) {
+    checkRange('length of alibiSlopes', alibiSlopes.length, numHeads, numHeads, 1);
+    if (!alibiSlopes.every(Number.isFinite))
+      throw new LaminaError('config_invalid', 'attention kernel: alibiSlopes must be finite');
+  }
 }
 
 /** The error for memory, threads or a variant that could not be had. */

@@ -47,12 +47,14 @@ export interface AttentionKernel {
 
   /**
    * Stores k and v at kvSlots of `layer`, then computes attention of every query row over the keys of its segment's
-   * blocks whose absolute position is at most the query's.
+   * blocks whose absolute position is at most the query's and within the layer's window. Scores are scaled, then
+   * soft-capped, then ALiBi is added, as the layout says. Sinks are not the kernel's: a key must be counted once, by
+   * whoever merges the shards.
    *
    * @param qkv Raw little-endian bytes at any alignment: q [numQueryRows, numHeads, headDim] f32, then
    * k [numKvRows, numKvHeads, headDim] f32, then v likewise. Must stay unchanged until `done`.
    * @param out Raw bytes at any alignment: o [numQueryRows, numHeads, headDim] f32, normalized over the keys seen here,
-   * then lse [numQueryRows, numHeads] f32, the natural log-sum-exp of the scaled scores. A query that sees no key here
+   * then lse [numQueryRows, numHeads] f32, the natural log-sum-exp of these scores. A query that sees no key here
    * gets o = 0 and lse = -Infinity. Valid from `done` on; must not overlap qkv.
    * @param done Called later on the event loop. Wrong byte lengths, a wrong layer and ended handles throw at once instead.
    */

@@ -19,6 +19,12 @@ export interface NativeAddon {
     numKvHeads: number,
     headDim: number,
     scale: number,
+    /** 0 = off. */
+    softcap: number,
+    /** [numLayers], 0 = all; empty = all in every layer. */
+    windowTokens: Int32Array,
+    /** [numHeads], or empty. */
+    alibiSlopes: Float32Array,
     blockSizeTokens: number,
     isF16: boolean,
     numBlocks: number,

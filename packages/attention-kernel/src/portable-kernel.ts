@@ -136,21 +136,28 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
     this.#maximum.fill(Number.NEGATIVE_INFINITY);
     this.#sum.fill(0);
     this.#acc.fill(0);
-    const lastPosition = segment.firstPosition + tileStart + numQueries - 1;
+    const { blockSizeTokens } = this.layout;
+    const windowTokens = this.layout.windowTokens?.[layer] || Number.POSITIVE_INFINITY;
+    const firstPosition = segment.firstPosition + tileStart;
+    const lastPosition = firstPosition + numQueries - 1;
     for (let block = segment.blockStart; block < segment.blockStart + segment.numBlocks; block++) {
       const blockPosition = plan.blocks[block * BLOCK_FIELDS + 1]!;
       if (blockPosition > lastPosition) break;
+      if (blockPosition + blockSizeTokens <= firstPosition - windowTokens + 1) continue;
       const physicalBlock = plan.blocks[block * BLOCK_FIELDS]!;
       const numTokens = plan.blocks[block * BLOCK_FIELDS + 2]!;
       slab.load('k', physicalBlock, numTokens, layer, kvHead, this.#k);
       slab.load('v', physicalBlock, numTokens, layer, kvHead, this.#v);
       for (let query = 0; query < numQueries; query++) {
-        const visible = Math.min(numTokens, segment.firstPosition + tileStart + query - blockPosition + 1);
-        if (visible <= 0) continue;
+        const distance = firstPosition + query - blockPosition;
+        const end = Math.min(numTokens, distance + 1);
+        const start = Math.max(0, distance - windowTokens + 1);
+        if (start >= end) continue;
         const row = segment.queryRowStart + tileStart + query;
         for (let head = 0; head < group; head++) {
           const q = (row * numHeads + kvHead * group + head) * headDim;
-          this.#accumulate(query * group + head, q, visible);
+          const slope = this.layout.alibiSlopes?.[kvHead * group + head] ?? 0;
+          this.#accumulate(query * group + head, q, start, end, slope, distance);
         }
       }
     }
@@ -167,9 +174,9 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
     }
   }
 
-  /** One query head (at `q` in qkv) against the first `visible` tokens of the loaded block. */
-  #accumulate(state: number, q: number, visible: number): void {
-    const { headDim, scale } = this.layout;
+  /** One query head (at `q` in qkv) against tokens [start, end) of the loaded block, whose first lies `distance` back. */
+  #accumulate(state: number, q: number, start: number, end: number, slope: number, distance: number): void {
+    const { headDim, scale, softcap } = this.layout;
     const scores = this.#scores;
     const qkv = this.#qkv;
     const k = this.#k;
@@ -177,7 +184,7 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
     const acc = this.#acc;
     const previous = this.#maximum[state]!;
     let maximum = previous;
-    for (let token = 0; token < visible; token++) {
+    for (let token = start; token < end; token++) {
       const at = token * headDim;
       let a = 0;
       let b = 0;
@@ -185,7 +192,9 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
         a += qkv[q + d]! * k[at + d]!;
         b += qkv[q + d + 1]! * k[at + d + 1]!;
       }
-      const score = (a + b) * scale;
+      let score = (a + b) * scale;
+      if (softcap !== undefined) score = softcap * Math.tanh(score / softcap);
+      if (slope !== 0) score += slope * (token - distance);
       scores[token] = score;
       if (score > maximum) maximum = score;
     }
@@ -197,7 +206,7 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
       for (let d = 0; d < headDim; d++) acc[target + d]! *= decay;
     }
     let sum = this.#sum[state]!;
-    for (let token = 0; token < visible; token++) {
+    for (let token = start; token < end; token++) {
       const weight = Math.exp(scores[token]! - maximum);
       sum += weight;
       const at = token * headDim;

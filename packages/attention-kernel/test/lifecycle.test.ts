@@ -157,6 +157,11 @@ describe('createKernel', () => {
     ['blockSizeTokens', { blockSizeTokens: 12 }],
     ['numHeads', { numHeads: 3 }],
     ['numLayers', { numLayers: 0 }],
+    ['softcap', { softcap: 0 }],
+    ['windowTokens', { windowTokens: [1] }],
+    ['windowTokens', { windowTokens: [1, -1] }],
+    ['alibiSlopes', { alibiSlopes: [1] }],
+    ['alibiSlopes', { alibiSlopes: [1, 1, 1, Number.NaN] }],
   ])('refuses a bad %s', (name, changes) => {
     const options = { layout: { ...layout, ...changes }, numBlocks: 1, numThreads: 1, kind: 'auto' } as const;
     expect(() => createKernel(options)).toThrow(name);
@@ -225,7 +230,7 @@ describe.runIf(NATIVE_VARIANTS.length > 0)('native threads', () => {
     const script = `
       const addon = require(${JSON.stringify(addonPath)});
       let calls = 0;
-      const kernel = addon.create(1, 8, 8, 128, 0.1, 16, true, 4096, 2, '', () => calls++);
+      const kernel = addon.create(1, 8, 8, 128, 0.1, 0, new Int32Array(0), new Float32Array(0), 16, true, 4096, 2, '', () => calls++);
       const rows = 2048;
       const slots = Int32Array.from({ length: rows }, (_, i) => i);
       const step = addon.beginStep(kernel, 0, rows, new Int32Array(0), new Int32Array(0), slots);

@@ -113,7 +113,7 @@ function makeStep(options: ScenarioOptions, random: Random, requests: Request[],
           layer,
           q.subarray(row * numHeads * headDim, (row + 1) * numHeads * headDim),
           request.history,
-          (key) => key <= position,
+          position,
         ),
       ),
     );

@@ -116,18 +116,21 @@ export function stored(layout: KvLayout, value: number): number {
 /** KV of one request: position -> per layer k and v [numKvHeads, headDim], as stored. */
 export type History = Map<number, { k: Float64Array; v: Float64Array }[]>;
 
-/** Attention of one query row over the given positions, straight from the definition. Returns [o, lse] per head. */
+/** Attention of the query row at `queryPosition` over the request's KV so far, straight from the definition. */
 export function oracleRow(
   layout: KvLayout,
   layer: number,
   q: Float32Array,
   history: History,
-  visible: (position: number) => boolean,
+  queryPosition: number,
 ): { o: Float64Array; lse: Float64Array } {
-  const { numHeads, numKvHeads, headDim, scale } = layout;
+  const { numHeads, numKvHeads, headDim, scale, softcap, alibiSlopes } = layout;
+  const windowTokens = layout.windowTokens?.[layer] || Number.POSITIVE_INFINITY;
   const o = new Float64Array(numHeads * headDim);
   const lse = new Float64Array(numHeads).fill(Number.NEGATIVE_INFINITY);
-  const positions = [...history.keys()].filter(visible);
+  const positions = [...history.keys()].filter(
+    (position) => position <= queryPosition && queryPosition - position < windowTokens,
+  );
   if (positions.length === 0) return { o, lse };
   for (let head = 0; head < numHeads; head++) {
     const kvHead = Math.floor(head / (numHeads / numKvHeads));
@@ -135,7 +138,8 @@ export function oracleRow(
       const { k } = history.get(position)![layer]!;
       let dot = 0;
       for (let d = 0; d < headDim; d++) dot += q[head * headDim + d]! * k[kvHead * headDim + d]!;
-      return dot * scale;
+      const score = softcap === undefined ? dot * scale : softcap * Math.tanh((dot * scale) / softcap);
+      return score + (alibiSlopes?.[head] ?? 0) * (position - queryPosition);
     });
     const top = scores.reduce((a, b) => Math.max(a, b));
     const sum = scores.reduce((total, score) => total + Math.exp(score - top), 0);

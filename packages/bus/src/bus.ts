@@ -18,6 +18,7 @@ import {
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import {
   createInbox,
+  ErrorCode,
   headers,
   type Msg,
   type NatsConnection,
@@ -96,6 +97,12 @@ class LazyMessage implements BusMessage {
   }
 }
 
+/** What does not fit a message is refused as such: trying again would not help. */
+export function tooLarge(what: string, bus: Bus, cause: unknown): LaminaError {
+  const message = `${what} is larger than the ${bus.maxPayloadBytes} bytes (max_payload) that nats-server takes`;
+  return new LaminaError('invalid_request', message, { cause });
+}
+
 export class Bus {
   readonly #connection: NatsConnection;
   readonly #events: BusEvents;
@@ -139,7 +146,8 @@ export class Bus {
 
   /**
    * Calls an endpoint of the control plane.
-   * @throws LaminaError with the code of the answer; `unavailable` when nobody answers in time; `protocol_violation`.
+   * @throws LaminaError with the code of the answer; `unavailable` when nobody answers in time; `invalid_request` when
+   * the body is larger than the server takes; `protocol_violation`.
    */
   async request<Request, Reply>(
     endpoint: Endpoint<Request, Reply>,
@@ -151,6 +159,8 @@ export class Bus {
       message = await this.#connection.request(endpoint.subject, packMessage(body), { timeout: options.timeoutMs });
     } catch (cause) {
       if (cause instanceof NatsError) {
+        if (cause.code === ErrorCode.MaxPayloadExceeded)
+          throw tooLarge(`a request on ${endpoint.subject}`, this, cause);
         throw new LaminaError('unavailable', `no ${endpoint.to} answers on ${endpoint.subject}`, {
           cause,
           diagnostics: { nats: cause.code },

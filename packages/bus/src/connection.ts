@@ -3,10 +3,11 @@
  *
  * Invariants
  * 1. The first connection is retried for `connectTimeoutMs` and then fails with one clear error.
- * 2. A connection that was once made is remade for ever; messages published meanwhile are buffered by the client.
+ * 2. A connection that was once made is remade for ever, with its subscriptions. What was published meanwhile may be
+ *    lost (nats.js empties its buffer at each attempt): whoever must be heard waits for an answer and tries again.
  */
 import { LaminaError } from '@lamina/tensor';
-import { type ConnectionOptions, connect, type NatsConnection, NatsError } from 'nats';
+import { type ConnectionOptions, connect, type NatsConnection } from 'nats';
 
 export interface BusOptions {
   /** nats://[user:password@]host:port, comma-separated for several servers. */
@@ -17,6 +18,20 @@ export interface BusOptions {
 }
 
 const RETRY_INTERVAL_MS = 250;
+/** Failures that may pass: a server that starts, restarts, or whose name is not known yet (a container that starts). */
+const PASSING_CODES = new Set([
+  'CONNECTION_REFUSED',
+  'CONNECTION_CLOSED',
+  'DISCONNECT',
+  'TIMEOUT',
+  'ENOTFOUND',
+  'EAI_AGAIN',
+  'ECONNRESET',
+  'EPIPE',
+  'EHOSTUNREACH',
+  'ENETUNREACH',
+  'ETIMEDOUT',
+]);
 
 /** @throws LaminaError `nats_unreachable` */
 export async function connectToNats(options: BusOptions): Promise<NatsConnection> {
@@ -28,6 +43,8 @@ export async function connectToNats(options: BusOptions): Promise<NatsConnection
     reconnectJitter: RETRY_INTERVAL_MS,
     timeout: 5_000,
     pingInterval: 20_000,
+    // A stack trace for every request would be one for every token.
+    noAsyncTraces: true,
   };
   const deadlineMs = performance.now() + options.connectTimeoutMs;
   for (;;) {
@@ -35,7 +52,7 @@ export async function connectToNats(options: BusOptions): Promise<NatsConnection
       return await connect(connectionOptions);
     } catch (cause) {
       const mayRecover =
-        cause instanceof NatsError && (cause.code === 'CONNECTION_REFUSED' || cause.code === 'TIMEOUT');
+        cause instanceof Error && 'code' in cause && typeof cause.code === 'string' && PASSING_CODES.has(cause.code);
       if (!mayRecover || performance.now() > deadlineMs) throw unreachable(options.url, cause);
       await new Promise((resolve) => setTimeout(resolve, RETRY_INTERVAL_MS));
     }
@@ -53,5 +70,8 @@ function unreachable(url: string, cause: unknown): LaminaError {
 
 /** The URL without its password, for logs and messages. */
 export function redactUrl(url: string): string {
-  return url.replace(/\/\/[^@/]*@/g, '//***@');
+  return url
+    .split(',')
+    .map((server) => server.replace(/^(\s*(?:[a-z]+:\/\/)?).*@/i, '$1***@'))
+    .join(',');
 }

@@ -1,4 +1,5 @@
 /** NATS: the only package that imports the client library. */
+export { AnswerWriter } from './answer-writer.ts';
 export {
   Bus,
   type BusEvents,

@@ -16,8 +16,8 @@ import {
   workItemSchema,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import { type Consumer, type JetStreamClient, type JsMsg, NatsError } from 'nats';
-import type { Bus } from './bus.ts';
+import { type Consumer, ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
+import { type Bus, tooLarge } from './bus.ts';
 
 /** One work item that this process has taken on. */
 export interface WorkLease {
@@ -53,7 +53,8 @@ export class WorkQueue {
 
   /**
    * Puts an item into the queue. Returns its stream sequence.
-   * @throws LaminaError `overloaded` when the queue is full, `duplicate_id` when the id was submitted before, `unavailable`.
+   * @throws LaminaError `overloaded` when the queue is full, `duplicate_id` when the id was submitted before,
+   * `invalid_request` when it is larger than a message, `unavailable`.
    */
   async submit(item: WorkItem): Promise<number> {
     try {
@@ -71,6 +72,8 @@ export class WorkQueue {
       if (errorCode === STREAM_FULL_ERROR_CODE) {
         throw new LaminaError('overloaded', 'the work queue is full; retry later', { cause });
       }
+      if (cause instanceof NatsError && cause.code === ErrorCode.MaxPayloadExceeded)
+        throw tooLarge('the tokenized prompt', this.#bus, cause);
       throw new LaminaError('unavailable', 'the work queue does not take the prompt; is JetStream up?', { cause });
     }
   }

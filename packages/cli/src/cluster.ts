@@ -10,15 +10,16 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { Bus } from '@lamina/bus';
 import { ENDPOINTS, SERVICE_NAMES } from '@lamina/protocol';
 import { SETTINGS, type Service, type SettingName } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { Child } from './child.ts';
+import { readHealth } from './health.ts';
 import { Janitor } from './janitor.ts';
 import { requireFreePort, startNats } from './nats-process.ts';
-import { portOf, readHealth } from './probes.ts';
+import { portOf } from './probes.ts';
+import { ROOT_DIRECTORY } from './root.ts';
 
 export type ServiceSettings = Readonly<Partial<Record<SettingName, string>>>;
 
@@ -43,9 +44,6 @@ export interface ClusterOptions {
   /** Gives the start up. */
   readonly signal?: AbortSignal | undefined;
 }
-
-/** The checkout (or installation) that this file belongs to. */
-export const ROOT_DIRECTORY = fileURLToPath(new URL('../../../', import.meta.url));
 
 const READY_TIMEOUT_MS = 120_000;
 const POLL_MS = 60;

@@ -10,9 +10,7 @@ import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 import type { Cluster } from './cluster.ts';
 import { readShards, type ShardReport } from './probes.ts';
-
-export const DEFAULT_PROMPT = 'Once upon a time, there was a little girl named Lily.';
-export const DEFAULT_SEED = 7;
+import { table } from './table.ts';
 
 const REPORT_WAIT_MS = 250;
 
@@ -110,16 +108,4 @@ export function describeShards(shards: readonly ShardReport[]): string {
       total === 0 ? '-' : `${((100 * shard.tokensAttended) / total).toFixed(0)} %`,
     ]);
   return table([['attention shard', 'kernel', 'blocks held', 'part of the attention'], ...rows]);
-}
-
-function table(rows: readonly (readonly string[])[]): string {
-  const widths = rows[0]?.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0))) ?? [];
-  return rows
-    .map((row) =>
-      row
-        .map((cell, column) => cell.padEnd(widths[column] ?? 0))
-        .join('   ')
-        .trimEnd(),
-    )
-    .join('\n');
 }

@@ -3,14 +3,13 @@
  *
  * Invariants
  * 1. It answers within HEALTHCHECK_TIMEOUT_MS, once, without retries.
- * 2. Only an instance that says it runs on this host counts: another container's health is not ours.
+ * 2. It loads what it needs and no more: the gateway is asked over HTTP, without the bus.
+ * 3. Only an instance that says it runs on this host counts: another container's health is not ours.
  */
 import { hostname } from 'node:os';
-import { Bus } from '@lamina/bus';
-import { SERVICE_NAMES } from '@lamina/protocol';
-import { readConfig, type Service } from '@lamina/runtime';
+import { readConfig, type Service } from '@lamina/runtime/config';
 import { LaminaError } from '@lamina/tensor';
-import { readHealth } from './probes.ts';
+import { readHealth } from './health.ts';
 
 const HEALTHCHECK_TIMEOUT_MS = 2_000;
 
@@ -36,6 +35,7 @@ export async function checkHealth(
 }
 
 async function requireInstance(service: Service, natsUrl: string): Promise<void> {
+  const [{ Bus }, { SERVICE_NAMES }] = await Promise.all([import('@lamina/bus'), import('@lamina/protocol')]);
   const bus = await Bus.connect(
     { url: natsUrl, name: 'lamina healthcheck', connectTimeoutMs: 0 },
     { onError: () => undefined },

@@ -1,28 +1,22 @@
 #!/usr/bin/env node
 /**
  * Owns the command line of `lamina`: its commands, options and exit status.
+ *
+ * Invariants
+ * 1. A command's code is loaded when it runs and not before: `healthcheck` runs every minute in every container and must
+ *    load no cluster, no model and no inference runtime.
  */
-import { processEnvironment, SERVICES, VERSION } from '@lamina/runtime';
-import { asLaminaError } from '@lamina/tensor';
+import { processEnvironment, SERVICES, VERSION } from '@lamina/runtime/config';
 import { Argument, Command } from 'commander';
-import { DEFAULT_PROMPT, DEFAULT_SEED, type DemoFlags, runDemo } from './demo.ts';
-import { checkHealth } from './healthcheck.ts';
-import { addClusterOptions, type ClusterFlags, clusterOptionsOf, integer, real } from './options.ts';
-import { runStart } from './start.ts';
-import { reportFailure, withCluster } from './with-cluster.ts';
+import { addClusterOptions, type ClusterFlags, integer, real } from './arguments.ts';
+import type { DemoFlags } from './demo.ts';
+import { addModelCommands } from './model/commands.ts';
+import { finish } from './report.ts';
 
 const DEMO_PORTS = { natsPort: 0, httpPort: 0 };
 const START_PORTS = { natsPort: 4222, httpPort: 8080 };
-
-/** Runs a command and ends the process with its status. */
-async function finish(run: () => Promise<number>): Promise<void> {
-  try {
-    process.exit(await run());
-  } catch (cause) {
-    reportFailure(asLaminaError(cause));
-    process.exit(1);
-  }
-}
+const DEFAULT_PROMPT = 'Once upon a time, there was a little girl named Lily.';
+const DEFAULT_SEED = 7;
 
 const program = new Command('lamina')
   .description('Attention offloading for large language models over NATS')
@@ -36,18 +30,27 @@ addClusterOptions(program.command('demo'), DEMO_PORTS)
   .option('--max-tokens <n>', 'length of the answer', integer(1, 1_000_000))
   .option('--temperature <t>', '0 = always the likeliest token', real(0, 100))
   .action((prompt: string, flags: ClusterFlags & DemoFlags) =>
-    finish(() =>
-      withCluster(clusterOptionsOf(flags, DEMO_PORTS, processEnvironment()), (cluster) =>
-        runDemo(cluster, prompt, flags),
-      ),
-    ),
+    finish(async () => {
+      const { runDemo } = await import('./demo.ts');
+      const { clusterOptionsOf } = await import('./options.ts');
+      const { withCluster } = await import('./with-cluster.ts');
+      const options = await clusterOptionsOf(flags, DEMO_PORTS, processEnvironment());
+      return withCluster(options, (cluster) => runDemo(cluster, prompt, flags));
+    }),
   );
 
 addClusterOptions(program.command('start'), START_PORTS)
   .description('start a cluster and keep it up')
   .action((flags: ClusterFlags) =>
-    finish(() => withCluster(clusterOptionsOf(flags, START_PORTS, processEnvironment()), runStart)),
+    finish(async () => {
+      const { runStart } = await import('./start.ts');
+      const { clusterOptionsOf } = await import('./options.ts');
+      const { withCluster } = await import('./with-cluster.ts');
+      return withCluster(await clusterOptionsOf(flags, START_PORTS, processEnvironment()), runStart);
+    }),
   );
+
+addModelCommands(program.command('model'));
 
 program
   .command('healthcheck')
@@ -55,6 +58,7 @@ program
   .addArgument(new Argument('<service>', 'which one').choices(SERVICES))
   .action((service: (typeof SERVICES)[number]) =>
     finish(async () => {
+      const { checkHealth } = await import('./healthcheck.ts');
       await checkHealth(service, processEnvironment());
       return 0;
     }),

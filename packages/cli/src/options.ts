@@ -3,75 +3,30 @@
  *
  * Invariants
  * 1. All LAMINA_* variables are checked here, before anything is started, and then passed on to the services as they are.
- * 2. Paths are made absolute here: services resolve nothing against their own working directory.
+ * 2. Paths are made absolute here: services resolve nothing against their own working directory. A repository of the hub
+ *    is pulled here, with its progress on stderr, so that services find it in the cache.
  */
-import { resolve } from 'node:path';
 import { readConfig, SETTINGS } from '@lamina/runtime';
 import { LaminaError } from '@lamina/tensor';
-import { type Command, InvalidArgumentError } from 'commander';
-import { type ClusterOptions, ROOT_DIRECTORY } from './cluster.ts';
-
-export interface ClusterFlags {
-  readonly model?: string;
-  readonly attentionShards: number;
-  readonly denseExecutors: number;
-  readonly natsPort?: number;
-  readonly httpPort?: number;
-  readonly natsUrl?: string;
-  readonly verbose?: true;
-}
-
-export interface PortDefaults {
-  readonly natsPort: number;
-  readonly httpPort: number;
-}
+import type { ClusterFlags, PortDefaults } from './arguments.ts';
+import type { ClusterOptions } from './cluster.ts';
+import { cacheDirOf, findModel, modelNameOf } from './model/find-model.ts';
 
 type Environment = Readonly<Record<string, string | undefined>>;
 
-/** Parses an option as an integer within bounds. */
-export const integer =
-  (minimum: number, maximum: number) =>
-  (text: string): number => {
-    const value = Number(text);
-    if (text.trim() !== '' && Number.isInteger(value) && value >= minimum && value <= maximum) return value;
-    throw new InvalidArgumentError(`It must be an integer from ${minimum} to ${maximum}.`);
-  };
-
-/** Parses an option as a number within bounds. */
-export const real =
-  (minimum: number, maximum: number) =>
-  (text: string): number => {
-    const value = Number(text);
-    if (text.trim() !== '' && value >= minimum && value <= maximum) return value;
-    throw new InvalidArgumentError(`It must be a number from ${minimum} to ${maximum}.`);
-  };
-
-export function addClusterOptions(command: Command, defaults: PortDefaults): Command {
-  const port = integer(0, 65_535);
-  return command
-    .option('--model <dir>', 'directory of the model (default: LAMINA_MODEL, else the bundled lamina-tiny)')
-    .option('--attention-shards <n>', 'attention shards to start', integer(1, 256), 2)
-    .option('--dense-executors <n>', 'dense executors to start', integer(1, 256), 1)
-    .option('--nats-port <port>', `port of nats-server, 0 = any free one (default: ${defaults.natsPort})`, port)
-    .option('--http-port <port>', `port of the gateway, 0 = any free one (default: ${defaults.httpPort})`, port)
-    .option('--nats-url <url>', 'use a nats-server that runs already (default: LAMINA_NATS_URL, else one is started)')
-    .option('--verbose', 'show the logs of all processes on stderr');
-}
-
-/** @throws LaminaError `config_invalid` */
-export function clusterOptionsOf(
+/** @throws LaminaError `config_invalid`, or what keeps the model from being pulled. */
+export async function clusterOptionsOf(
   flags: ClusterFlags,
   defaults: PortDefaults,
   environment: Environment,
-): Omit<ClusterOptions, 'signal'> {
+): Promise<Omit<ClusterOptions, 'signal'>> {
   readConfig('gateway', [], environment);
   const natsUrl = flags.natsUrl ?? (environment[SETTINGS.natsUrl.env] || undefined);
   if (natsUrl !== undefined && flags.natsPort !== undefined) {
     throw new LaminaError('config_invalid', 'give --nats-url (LAMINA_NATS_URL) or --nats-port, not both');
   }
   const httpPortOfEnvironment = environment[SETTINGS.httpPort.env];
-  const model = flags.model ?? environment[SETTINGS.model.env];
-  const cacheDir = environment[SETTINGS.cacheDir.env];
+  const model = await findModel(modelNameOf(flags.model, environment), environment);
   return {
     attentionShards: flags.attentionShards,
     denseExecutors: flags.denseExecutors,
@@ -80,10 +35,7 @@ export function clusterOptionsOf(
     natsUrl,
     natsServer: natsServerOf(environment),
     environment,
-    settings: {
-      model: model ? resolve(model) : resolve(ROOT_DIRECTORY, SETTINGS.model.fallback),
-      cacheDir: cacheDir ? resolve(cacheDir) : resolve(ROOT_DIRECTORY, SETTINGS.cacheDir.fallback),
-    },
+    settings: { model, cacheDir: cacheDirOf(environment) },
     ...(flags.verbose ? { onLine: (name, line) => process.stderr.write(`[${name}] ${line}\n`) } : {}),
   };
 }

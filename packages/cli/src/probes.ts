@@ -1,5 +1,5 @@
 /**
- * Owns asking running services how they are: /health over HTTP, $SRV over NATS. What comes back is schema-checked.
+ * Owns asking running services what they do, over NATS. What comes back is schema-checked.
  */
 import type { Bus } from '@lamina/bus';
 import { ENDPOINTS, SERVICE_NAMES } from '@lamina/protocol';
@@ -7,28 +7,8 @@ import { z } from 'zod';
 
 const STATUS_TIMEOUT_MS = 1_000;
 
-const healthSchema = z.object({ status: z.literal('ok'), executors: z.int(), shards: z.int(), freeBlocks: z.int() });
-const unhealthySchema = z.object({ reason: z.string() });
 const gatewayStatsSchema = z.object({ httpPort: z.int() });
 const shardStatsSchema = z.object({ tokensAttended: z.number() });
-
-export type Health =
-  | { readonly isReady: true; readonly executors: number; readonly shards: number }
-  | { readonly isReady: false; readonly reason: string };
-
-/** What /health says; a server that does not answer is not ready. */
-export async function readHealth(httpUrl: string, timeoutMs: number): Promise<Health> {
-  let body: unknown;
-  try {
-    const reply = await fetch(`${httpUrl}/health`, { signal: AbortSignal.timeout(timeoutMs) });
-    body = await reply.json();
-  } catch (cause) {
-    return { isReady: false, reason: `${httpUrl}/health does not answer (${String(cause)})` };
-  }
-  const health = healthSchema.safeParse(body).data;
-  if (health !== undefined) return { isReady: true, executors: health.executors, shards: health.shards };
-  return { isReady: false, reason: unhealthySchema.safeParse(body).data?.reason ?? `${httpUrl} is no gateway` };
-}
 
 /** The HTTP port of the gateway process `pid`, or undefined while it does not say. */
 export async function portOf(bus: Bus, pid: number | undefined, waitMs: number): Promise<number | undefined> {

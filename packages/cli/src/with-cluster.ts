@@ -4,20 +4,13 @@
  * Invariants
  * 1. Whatever happens, the cluster is stopped before the command returns.
  * 2. The first signal stops in order, the second at once. The status is 128 + the signal's number.
- * 3. A failure prints one line `lamina: what and what to do [code]`; logs follow only where they are all there is.
  */
 import { constants } from 'node:os';
-import { asLaminaError, type LaminaError } from '@lamina/tensor';
+import { asLaminaError } from '@lamina/tensor';
 import { type Cluster, type ClusterOptions, startCluster } from './cluster.ts';
+import { reportFailure } from './report.ts';
 
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
-
-export function reportFailure(error: LaminaError): void {
-  const log = error.diagnostics.log;
-  const { reason } = error.diagnostics;
-  if (Array.isArray(log)) for (const line of log) process.stderr.write(`  ${String(line)}\n`);
-  process.stderr.write(`lamina: ${error.message}${typeof reason === 'string' ? ` (${reason})` : ''} [${error.code}]\n`);
-}
 
 /** Runs `use` on a started cluster and returns the exit status of the command. */
 export async function withCluster(

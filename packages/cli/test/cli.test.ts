@@ -71,24 +71,24 @@ test('a taken port is said before anything starts', async () => {
   await requireFreePort(0, 'NATS', '--nats-port');
 });
 
-test('flags win over variables, and variables over defaults', () => {
+test('flags win over variables, and variables over defaults', async () => {
   const environment = { LAMINA_HTTP_PORT: '9000', LAMINA_MODEL: '/models/a', LAMINA_NATS_SERVER: '/opt/nats-server' };
-  expect(clusterOptionsOf(FLAGS, PORTS, {})).toMatchObject({
+  expect(await clusterOptionsOf(FLAGS, PORTS, {})).toMatchObject({
     httpPort: 0,
     natsServer: 'nats-server',
     natsUrl: undefined,
   });
-  expect(clusterOptionsOf(FLAGS, PORTS, environment)).toMatchObject({
+  expect(await clusterOptionsOf(FLAGS, PORTS, environment)).toMatchObject({
     httpPort: 9000,
     natsServer: '/opt/nats-server',
     settings: { model: '/models/a' },
   });
-  expect(clusterOptionsOf({ ...FLAGS, httpPort: 1, model: '/b' }, PORTS, environment)).toMatchObject({
+  expect(await clusterOptionsOf({ ...FLAGS, httpPort: 1, model: '/b' }, PORTS, environment)).toMatchObject({
     httpPort: 1,
     settings: { model: '/b' },
   });
-  expect(() => clusterOptionsOf(FLAGS, PORTS, { LAMINA_HTP_PORT: '1' })).toThrow('LAMINA_HTP_PORT');
-  expect(() => clusterOptionsOf({ ...FLAGS, natsPort: 1, natsUrl: 'nats://x' }, PORTS, {})).toThrow('not both');
+  await expect(clusterOptionsOf(FLAGS, PORTS, { LAMINA_HTP_PORT: '1' })).rejects.toThrow('LAMINA_HTP_PORT');
+  await expect(clusterOptionsOf({ ...FLAGS, natsPort: 1, natsUrl: 'nats://x' }, PORTS, {})).rejects.toThrow('not both');
 });
 
 test('the table has a row per shard and its part of the attention', () => {

@@ -7,35 +7,13 @@
  * 2. Value names start with the piece's prefix; pieces of different prefixes can share one graph.
  * 3. Everything but attention is token-wise: no piece looks at the number of tokens or at which request they are of.
  */
-import type { ModelConfig } from './model-config.ts';
-import { int64Initializer, MICROSOFT_DOMAIN, node, type OnnxNode, type OnnxTensor, weightInitializer } from './onnx.ts';
-import type { LayerWeights, Weight, WeightLayout } from './weight-layout.ts';
-
-/** Nodes and initializers under construction. */
-export class GraphPiece {
-  readonly nodes: OnnxNode[] = [];
-  readonly #initializers = new Map<string, OnnxTensor>();
-
-  get initializers(): OnnxTensor[] {
-    return [...this.#initializers.values()];
-  }
-
-  add(...nodes: readonly OnnxNode[]): void {
-    this.nodes.push(...nodes);
-  }
-
-  /** Name of the weight, which becomes an initializer of this graph. */
-  weight(weight: Weight): string {
-    this.#initializers.set(weight.name, weightInitializer(weight));
-    return weight.name;
-  }
-
-  /** Name of an integer constant; no dims given = a vector. */
-  integers(name: string, values: readonly number[], dims: readonly number[] = [values.length]): string {
-    this.#initializers.set(name, int64Initializer(name, values, dims));
-    return name;
-  }
-}
+import type { Architecture } from './architecture.ts';
+import type { GraphPiece } from './graph-piece.ts';
+import { addLinear, addLookup, addTableProduct } from './linear.ts';
+import type { Activation, ModelConfig } from './model-config.ts';
+import { MICROSOFT_DOMAIN, node } from './onnx.ts';
+import type { Weight } from './weight.ts';
+import type { LayerWeights, NormWeights, WeightLayout } from './weight-layout.ts';
 
 /** A residual stream that is not added up yet: `hidden` + `delta` (+ bias). No delta: the embedding. */
 export interface Residual {
@@ -46,59 +24,105 @@ export interface Residual {
 export interface LayerContext {
   readonly piece: GraphPiece;
   readonly config: ModelConfig;
+  readonly architecture: Architecture;
   /** Prefix of all value names. */
   readonly prefix: string;
 }
 
-/** Adds the residual up and normalizes it (RMS norm). Returns the names of the sum and of the normalized sum. */
+/** Names of Q, K and V: [.., numHeads * headDim], 2 x [.., numKvHeads * headDim]. */
+export interface QkvNames {
+  readonly query: string;
+  readonly key: string;
+  readonly value: string;
+}
+
+/** Adds the residual up and normalizes it; without a norm both are the sum. Returns the names of both. */
 export function addNormalization(
-  { piece, config, prefix }: LayerContext,
+  context: LayerContext,
   label: string,
-  residual: Residual,
-  gamma: Weight,
-  sumName = `${prefix}.${label}.sum`,
+  { hidden, delta }: Residual,
+  norm: NormWeights | null,
+  sumName = `${context.prefix}.${label}.sum`,
 ): { sum: string; normalized: string } {
+  const { piece, config, architecture, prefix } = context;
   const normalized = `${prefix}.${label}.normalized`;
-  const epsilon = { float: config.rmsNormEps };
-  const { hidden, delta } = residual;
   if (delta === undefined) {
-    const attributes = { epsilon, axis: -1 };
-    piece.add(node('SimplifiedLayerNormalization', [hidden, piece.weight(gamma)], [normalized], attributes));
-    return { sum: hidden, normalized };
+    return { sum: hidden, normalized: norm === null ? hidden : addNorm(context, hidden, norm, normalized) };
   }
-  const inputs = [delta.name, hidden, piece.weight(gamma)];
+  if (norm === null) {
+    const summand = delta.bias === null ? delta.name : `${sumName}.biased`;
+    if (delta.bias !== null) piece.add(node('Add', [delta.name, piece.weight(delta.bias)], [summand]));
+    piece.add(node('Add', [summand, hidden], [sumName]));
+    return { sum: sumName, normalized: sumName };
+  }
+  const inputs = [delta.name, hidden, addGamma(context, norm)];
+  if (norm.beta !== null) inputs.push(piece.weight(norm.beta));
   if (delta.bias !== null) inputs.push(piece.weight(delta.bias));
-  const outputs = [normalized, '', '', sumName];
-  piece.add(node('SkipSimplifiedLayerNormalization', inputs, outputs, { epsilon }, MICROSOFT_DOMAIN));
+  const opType = architecture.norm === 'rms' ? 'SkipSimplifiedLayerNormalization' : 'SkipLayerNormalization';
+  const epsilon = { float: config.normEps };
+  piece.add(node(opType, inputs, [normalized, '', '', sumName], { epsilon }, MICROSOFT_DOMAIN));
   return { sum: sumName, normalized };
 }
 
-/** Q, K and V of normalized hidden states, before rotary: [.., numHeads * headDim], 2 x [.., numKvHeads * headDim]. */
-export function addQkv(
-  context: LayerContext,
-  weights: LayerWeights,
-  normalized: string,
-  valueName = `${context.prefix}.value`,
-): { query: string; key: string; value: string } {
+/** Normalizes the last dimension. Returns `output`. */
+function addNorm(context: LayerContext, input: string, norm: NormWeights, output: string): string {
+  const { piece, config, architecture } = context;
+  const inputs = [input, addGamma(context, norm)];
+  if (norm.beta !== null) inputs.push(piece.weight(norm.beta));
+  const opType = architecture.norm === 'rms' ? 'SimplifiedLayerNormalization' : 'LayerNormalization';
+  piece.add(node(opType, inputs, [output], { epsilon: { float: config.normEps }, axis: -1 }));
+  return output;
+}
+
+/** Gamma with its offset; the sum is of constants, so ONNX Runtime computes it once, when it loads the graph. */
+function addGamma({ piece, architecture }: LayerContext, { gamma }: NormWeights): string {
+  const name = piece.weight(gamma);
+  if (architecture.normOffset === 0) return name;
+  piece.add(node('Add', [name, piece.scalar('norm_offset', architecture.normOffset)], [`${name}.offset`]));
+  return `${name}.offset`;
+}
+
+/** Q, K and V of normalized hidden states, before rotary embedding. */
+export function addQkv(context: LayerContext, weights: LayerWeights, normalized: string, names: QkvNames): void {
   const { config } = context;
   const kvWidth = config.numKvHeads * config.headDim;
   const joined = addLinear(context, 'qkv', normalized, weights.qkv, weights.qkvBias);
-  const names = { query: `${context.prefix}.query`, key: `${context.prefix}.key`, value: valueName };
+  const { queryNorm, keyNorm } = weights;
+  const query = queryNorm === null ? names.query : `${names.query}.projected`;
+  const key = keyNorm === null ? names.key : `${names.key}.projected`;
   const widths = [config.numHeads * config.headDim, kvWidth, kvWidth];
-  addSplit(context, 'qkv', joined, widths, [names.query, names.key, names.value]);
-  return names;
+  addSplit(context, 'qkv', joined, widths, [query, key, names.value]);
+  if (queryNorm !== null) addHeadNorm(context, query, config.numHeads, queryNorm, names.query);
+  if (keyNorm !== null) addHeadNorm(context, key, config.numKvHeads, keyNorm, names.key);
+}
+
+/** Normalizes Q or K [.., .., numHeads * headDim]: each head by itself, or the whole projection. */
+function addHeadNorm(context: LayerContext, input: string, numHeads: number, norm: NormWeights, output: string): void {
+  const { piece, config, architecture } = context;
+  if (architecture.queryKeyNorm === 'projection') {
+    addNorm(context, input, norm, output);
+    return;
+  }
+  // 0: as in the input.
+  const split = piece.integers(`${output}.heads_shape`, [0, 0, numHeads, config.headDim]);
+  const joined = piece.integers(`${output}.shape`, [0, 0, numHeads * config.headDim]);
+  piece.add(node('Reshape', [input, split], [`${output}.heads`]));
+  addNorm(context, `${output}.heads`, norm, `${output}.normalized_heads`);
+  piece.add(node('Reshape', [`${output}.normalized_heads`, joined], [output]));
 }
 
 /** Rotary embedding (rotate half) of [1, T, numHeads * headDim] at explicit positions [1, T]. */
 export function addRotary(
-  { piece }: LayerContext,
+  { piece, config }: LayerContext,
   input: string,
   output: string,
   numHeads: number,
-  tables: { readonly positions: string; readonly cos: string; readonly sin: string },
+  tables: { readonly dim: number; readonly positions: string; readonly cos: string; readonly sin: string },
 ): void {
   const inputs = [input, tables.positions, tables.cos, tables.sin];
-  piece.add(node('RotaryEmbedding', inputs, [output], { num_heads: numHeads, interleaved: 0 }, MICROSOFT_DOMAIN));
+  const partial = tables.dim === config.headDim ? {} : { rotary_embedding_dim: tables.dim };
+  const attributes = { num_heads: numHeads, interleaved: 0, ...partial };
+  piece.add(node('RotaryEmbedding', inputs, [output], attributes, MICROSOFT_DOMAIN));
 }
 
 /** What follows attention: output projection, norm, MLP. The MLP's output is left as the residual's delta. */
@@ -108,24 +132,74 @@ export function addAfterAttention(
   hidden: string,
   attention: string,
 ): Residual {
-  const { piece, config, prefix } = context;
-  const projected = addLinear(context, 'output', attention, weights.output, null);
-  const residual = { hidden, delta: { name: projected, bias: weights.outputBias } };
-  const { sum, normalized } = addNormalization(context, 'post_attention', residual, weights.postAttentionNorm);
-  const joined = addLinear(context, 'gate_up', normalized, weights.gateUp, weights.gateUpBias);
-  const [gate, up] = [`${prefix}.gate`, `${prefix}.up`];
-  addSplit(context, 'gate_up', joined, [config.intermediateSize, config.intermediateSize], [gate, up]);
-  // QuickGelu with alpha 1 is SiLU: x * sigmoid(x).
-  const [activated, gated] = [`${prefix}.activated`, `${prefix}.gated`];
-  piece.add(node('QuickGelu', [gate], [activated], { alpha: { float: 1 } }, MICROSOFT_DOMAIN));
-  piece.add(node('Mul', [activated, up], [gated]));
-  const down = addLinear(context, 'down', gated, weights.down, null);
-  return { hidden: sum, delta: { name: down, bias: weights.downBias } };
+  const attended = addBranchEnd(context, 'output', attention, weights.output, weights.outputBias, {
+    label: 'attention_output',
+    norm: weights.attentionOutputNorm,
+  });
+  const residual = { hidden, delta: attended };
+  const { sum, normalized } = addNormalization(context, 'mlp_input', residual, weights.mlpInputNorm);
+  const activated = addMlpActivation(context, weights, normalized);
+  const delta = addBranchEnd(context, 'down', activated, weights.down, weights.downBias, {
+    label: 'mlp_output',
+    norm: weights.mlpOutputNorm,
+  });
+  return { hidden: sum, delta };
 }
 
-/** Embedding lookup: token ids [..] to [.., hidden]. */
-export function addEmbedding(piece: GraphPiece, layout: WeightLayout, tokenIds: string, output: string): void {
-  piece.add(node('Gather', [piece.weight(layout.embedding), tokenIds], [output]));
+/** The last matrix of a branch and the norm behind it, if there is one; without, the bias is left to the sum. */
+function addBranchEnd(
+  context: LayerContext,
+  label: string,
+  input: string,
+  weight: Weight,
+  bias: Weight | null,
+  after: { readonly label: string; readonly norm: NormWeights | null },
+): { name: string; bias: Weight | null } {
+  if (after.norm === null) return { name: addLinear(context, label, input, weight, null), bias };
+  const product = addLinear(context, label, input, weight, bias);
+  const output = `${context.prefix}.${after.label}`;
+  return { name: addNorm(context, product, after.norm, output), bias: null };
+}
+
+function addMlpActivation(context: LayerContext, weights: LayerWeights, input: string): string {
+  const { piece, config, architecture, prefix } = context;
+  const joined = addLinear(context, 'gate_up', input, weights.gateUp, weights.gateUpBias);
+  const [gate, up, activated, gated] = [`${prefix}.gate`, `${prefix}.up`, `${prefix}.activated`, `${prefix}.gated`];
+  if (!architecture.isGated) return addActivation(piece, config.activation, joined, activated);
+  addSplit(context, 'gate_up', joined, [config.intermediateSize, config.intermediateSize], [gate, up]);
+  addActivation(piece, config.activation, gate, activated);
+  piece.add(node('Mul', [activated, up], [gated]));
+  return gated;
+}
+
+function addActivation(piece: GraphPiece, activation: Activation, input: string, output: string): string {
+  // QuickGelu with alpha 1 is SiLU: x * sigmoid(x). FastGelu is the approximation with tanh.
+  const alpha = { alpha: { float: 1 } };
+  if (activation === 'silu') piece.add(node('QuickGelu', [input], [output], alpha, MICROSOFT_DOMAIN));
+  else piece.add(node(activation === 'gelu' ? 'Gelu' : 'FastGelu', [input], [output], {}, MICROSOFT_DOMAIN));
+  return output;
+}
+
+/** Embedding of token ids [..] at positions [..] (a value, asked for only if the model needs it): [.., hidden]. */
+export function addEmbedding(
+  piece: GraphPiece,
+  config: ModelConfig,
+  layout: WeightLayout,
+  tokenIds: string,
+  positions: () => string,
+  output: string,
+): void {
+  const looked = `${output}.looked_up`;
+  if (config.embeddingScale !== null) {
+    addLookup(piece, layout.embedding, tokenIds, looked);
+    piece.add(node('Mul', [looked, piece.scalar('embedding_scale', config.embeddingScale)], [output]));
+  } else if (layout.positions !== null) {
+    addLookup(piece, layout.embedding, tokenIds, looked);
+    piece.add(node('Gather', [piece.weight(layout.positions), positions()], [`${output}.positions`]));
+    piece.add(node('Add', [looked, `${output}.positions`], [output]));
+  } else {
+    addLookup(piece, layout.embedding, tokenIds, output);
+  }
 }
 
 /** Final norm and LM head. `residual` is [.., hidden]; writes logits as rows, [rows, vocab], into `logits`. */
@@ -134,22 +208,15 @@ export function addHead(context: LayerContext, layout: WeightLayout, residual: R
   const { normalized } = addNormalization(context, 'final', residual, layout.finalNorm);
   const shape = piece.integers(`${prefix}.rows_shape`, [-1, config.hiddenSize]);
   piece.add(node('Reshape', [normalized, shape], [`${prefix}.rows`]));
-  // The head lies as [vocab, hidden], so that a tied one is stored once; Gemm packs it transposed.
-  piece.add(node('Gemm', [`${prefix}.rows`, piece.weight(layout.head)], [logits], { transB: 1 }));
-}
-
-function addLinear(
-  { piece, prefix }: LayerContext,
-  label: string,
-  input: string,
-  weight: Weight,
-  bias: Weight | null,
-): string {
-  const output = `${prefix}.${label}`;
-  const product = bias === null ? output : `${output}.product`;
-  piece.add(node('MatMul', [input, piece.weight(weight)], [product]));
-  if (bias !== null) piece.add(node('Add', [product, piece.weight(bias)], [output]));
-  return output;
+  if (config.logitSoftcap === null) {
+    addTableProduct(piece, layout.head, `${prefix}.rows`, logits);
+    return;
+  }
+  const cap = piece.scalar(`${prefix}.softcap`, config.logitSoftcap);
+  addTableProduct(piece, layout.head, `${prefix}.rows`, `${prefix}.uncapped`);
+  piece.add(node('Div', [`${prefix}.uncapped`, cap], [`${prefix}.scaled`]));
+  piece.add(node('Tanh', [`${prefix}.scaled`], [`${prefix}.squashed`]));
+  piece.add(node('Mul', [`${prefix}.squashed`, cap], [logits]));
 }
 
 function addSplit(

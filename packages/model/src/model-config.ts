@@ -1,15 +1,16 @@
 /**
- * Owns config.json: which of its fields decide the graph, their bounds, and what of them is not supported.
+ * Owns which fields of config.json decide the graph, and what of them is not supported.
  *
  * Invariants
  * 1. A field that changes the arithmetic and that the builder does not implement is rejected, never ignored.
  * 2. A ModelConfig is complete (no defaults are applied later) and holds nothing but what decides the graph.
  */
-import { join } from 'node:path';
-import { z } from 'zod';
-import { architectureOf, SUPPORTED_MODEL_TYPES } from './architecture.ts';
-import { modelInvalid } from './model-error.ts';
-import { parseFile, readRequiredJson } from './model-files.ts';
+import { type Architecture, architectureOf, type BiasFact } from './architecture.ts';
+import { rotaryOf, windowTokensOf } from './layer-pattern.ts';
+import { inconsistent, type RawConfig, unsupported } from './raw-config.ts';
+import { RopeError, type RotaryTable } from './rotary.ts';
+
+export type Activation = 'silu' | 'gelu' | 'gelu_tanh';
 
 export interface ModelConfig {
   readonly modelType: string;
@@ -20,68 +21,57 @@ export interface ModelConfig {
   readonly numKvHeads: number;
   readonly headDim: number;
   readonly vocabSize: number;
-  /** Longest sequence, in tokens: `max_position_embeddings`. */
+  /** Longest sequence, in tokens: `max_position_embeddings`, or what `yarn` stretches it to. */
   readonly contextLength: number;
-  readonly rmsNormEps: number;
-  readonly ropeTheta: number;
+  readonly normEps: number;
+  readonly activation: Activation;
   readonly tieWordEmbeddings: boolean;
-  readonly attentionBias: boolean;
+  readonly qkvBias: boolean;
+  readonly outputBias: boolean;
   readonly mlpBias: boolean;
+  /** Multiplies the embeddings; null = off. */
+  readonly embeddingScale: number | null;
+  /** Multiplies q.k. */
+  readonly attentionScale: number;
+  /** Score s becomes cap * tanh(s / cap); null = off. */
+  readonly attentionSoftcap: number | null;
+  readonly logitSoftcap: number | null;
+  /** [numLayers] Tokens that a query sees, itself included; 0 = all. */
+  readonly windowTokens: readonly number[];
+  readonly rotaryTables: readonly RotaryTable[];
+  /** [numLayers] Index of the layer's rotary table; null: a layer without rotary embedding. */
+  readonly rotaryOfLayer: readonly (number | null)[];
 }
 
-/** Token ids that config.json and generation_config.json both may give. */
-export const tokenIdsSchema = z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish();
+const ACTIVATIONS: ReadonlyMap<string, Activation> = new Map([
+  ['silu', 'silu'],
+  ['swish', 'silu'],
+  ['gelu', 'gelu'],
+  ['gelu_new', 'gelu_tanh'],
+  ['gelu_fast', 'gelu_tanh'],
+  ['gelu_pytorch_tanh', 'gelu_tanh'],
+]);
 
-const size = z.int().positive();
-
-const ropeSchema = z.looseObject({
-  rope_type: z.string().nullish(),
-  type: z.string().nullish(),
-  rope_theta: z.number().positive().nullish(),
-});
-
-const configSchema = z.looseObject({
-  model_type: z.string(),
-  hidden_size: size,
-  intermediate_size: size,
-  num_hidden_layers: size,
-  num_attention_heads: size,
-  num_key_value_heads: size.nullish(),
-  head_dim: size.nullish(),
-  vocab_size: size,
-  max_position_embeddings: size,
-  rms_norm_eps: z.number().positive().default(1e-6),
-  rope_theta: z.number().positive().nullish(),
-  rope_scaling: ropeSchema.nullish(),
-  rope_parameters: ropeSchema.nullish(),
-  partial_rotary_factor: z.number().nullish(),
-  tie_word_embeddings: z.boolean().default(false),
-  attention_bias: z.boolean().default(false),
-  mlp_bias: z.boolean().default(false),
-  hidden_act: z.string().default('silu'),
-  sliding_window: z.number().nullish(),
-  quantization_config: z.unknown().optional(),
-  bos_token_id: z.int().nonnegative().nullish(),
-  eos_token_id: tokenIdsSchema,
-});
-
-export type RawConfig = z.infer<typeof configSchema>;
-
-const CONFIG_FILE = 'config.json';
-
-/** config.json as it is, checked field by field. Throws model_invalid. */
-export async function readRawConfig(dir: string): Promise<RawConfig> {
-  const value = await readRequiredJson(dir, CONFIG_FILE);
-  const { model_type: modelType } = parseFile(dir, CONFIG_FILE, z.looseObject({ model_type: z.string() }), value);
-  if (architectureOf(modelType) === undefined) {
-    throw unsupported(dir, `model_type '${modelType}' is not supported yet`);
-  }
-  return parseFile(dir, CONFIG_FILE, configSchema, value);
-}
+/** Fields that ask for what no architecture here has, unless they have the value that says no. */
+const REFUSED_FIELDS: Readonly<Record<string, { readonly harmless: readonly unknown[]; readonly problem: string }>> = {
+  ...Object.fromEntries(
+    ['num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts'].map((field) => [
+      field,
+      { harmless: [0, 1], problem: 'mixture-of-experts models are not supported yet' },
+    ]),
+  ),
+  quantization_config: { harmless: [], problem: 'quantized checkpoints are not supported yet' },
+  add_cross_attention: { harmless: [false], problem: 'cross-attention is not supported' },
+  use_bidirectional_attention: { harmless: [false], problem: 'an encoder; only causal decoders are supported' },
+  scale_attn_by_inverse_layer_idx: { harmless: [false], problem: 'another scale in every layer is not supported' },
+  scale_attn_weights: { harmless: [true], problem: 'attention without a scale is not supported' },
+};
 
 /** What of config.json decides the graph. Throws model_invalid for a combination that is wrong or not supported. */
 export function modelConfigOf(dir: string, raw: RawConfig): ModelConfig {
-  checkSupported(dir, raw);
+  const architecture = architectureOf(raw.model_type);
+  if (architecture === undefined) throw unsupported(dir, `model_type '${raw.model_type}' is not supported yet`);
+  const activation = checkSupported(dir, raw, architecture);
   const numHeads = raw.num_attention_heads;
   const numKvHeads = raw.num_key_value_heads ?? numHeads;
   if (numHeads % numKvHeads !== 0) {
@@ -91,49 +81,59 @@ export function modelConfigOf(dir: string, raw: RawConfig): ModelConfig {
   if (!Number.isInteger(headDim)) {
     throw inconsistent(dir, `hidden_size ${raw.hidden_size} is no multiple of num_attention_heads ${numHeads}`);
   }
-  if (headDim % 2 !== 0) throw inconsistent(dir, `head_dim ${headDim} is odd, rotary embedding needs pairs`);
-  return {
-    modelType: raw.model_type,
-    hiddenSize: raw.hidden_size,
-    intermediateSize: raw.intermediate_size,
-    numLayers: raw.num_hidden_layers,
-    numHeads,
-    numKvHeads,
-    headDim,
-    vocabSize: raw.vocab_size,
-    contextLength: raw.max_position_embeddings,
-    rmsNormEps: raw.rms_norm_eps,
-    ropeTheta: raw.rope_parameters?.rope_theta ?? raw.rope_theta ?? 10000,
-    tieWordEmbeddings: raw.tie_word_embeddings,
-    attentionBias: raw.attention_bias,
-    mlpBias: raw.mlp_bias,
-  };
+  const intermediateSize = raw.intermediate_size ?? (architecture.isGated ? null : 4 * raw.hidden_size);
+  if (intermediateSize === null) throw inconsistent(dir, 'intermediate_size is missing');
+  const hasBias = (fact: BiasFact, asked: boolean | null | undefined): boolean =>
+    fact === 'always' || (fact === 'config' && asked === true);
+  try {
+    const rotary = rotaryOf(raw, architecture, headDim);
+    return {
+      modelType: raw.model_type,
+      hiddenSize: raw.hidden_size,
+      intermediateSize,
+      numLayers: raw.num_hidden_layers,
+      numHeads,
+      numKvHeads,
+      headDim,
+      vocabSize: raw.vocab_size,
+      contextLength: rotary.contextLength,
+      normEps: raw.rms_norm_eps,
+      activation,
+      tieWordEmbeddings: raw.tie_word_embeddings,
+      qkvBias: hasBias(architecture.qkvBias, raw.attention_bias),
+      outputBias: hasBias(architecture.outputBias, raw.attention_bias),
+      mlpBias: hasBias(architecture.mlpBias, raw.mlp_bias),
+      embeddingScale: architecture.hasScaledEmbedding ? Math.sqrt(raw.hidden_size) : null,
+      attentionScale: 1 / Math.sqrt(raw.query_pre_attn_scalar ?? headDim),
+      attentionSoftcap: raw.attn_logit_softcapping ?? null,
+      logitSoftcap: raw.final_logit_softcapping ?? null,
+      windowTokens: windowTokensOf(raw, architecture, rotary),
+      rotaryTables: rotary.tables,
+      rotaryOfLayer: rotary.ofLayer,
+    };
+  } catch (error) {
+    if (error instanceof RopeError) throw inconsistent(dir, error.message);
+    throw error;
+  }
 }
 
-function checkSupported(dir: string, raw: RawConfig): void {
-  for (const [field, rope] of [
-    ['rope_scaling', raw.rope_scaling],
-    ['rope_parameters', raw.rope_parameters],
-  ] as const) {
-    const type = rope?.rope_type ?? rope?.type ?? (field === 'rope_scaling' && rope ? 'unnamed' : 'default');
-    if (type !== 'default') throw unsupported(dir, `${field} '${type}' is not supported yet`);
+function checkSupported(dir: string, raw: RawConfig, architecture: Architecture): Activation {
+  for (const [field, { harmless, problem }] of Object.entries(REFUSED_FIELDS)) {
+    const value = raw[field] ?? null;
+    if (value !== null && !harmless.includes(value)) throw unsupported(dir, `${field}: ${problem}`);
   }
-  if (raw.hidden_act !== 'silu') throw unsupported(dir, `hidden_act '${raw.hidden_act}' is not supported yet`);
-  if ((raw.partial_rotary_factor ?? 1) !== 1) {
-    throw unsupported(dir, `partial_rotary_factor ${raw.partial_rotary_factor} is not supported yet`);
+  const activation = ACTIVATIONS.get(raw.hidden_act);
+  if (activation === undefined) {
+    const name = architecture.fieldNames.hidden_act ?? 'hidden_act';
+    const known = [...ACTIVATIONS.keys()].join(', ');
+    throw unsupported(dir, `${name} '${raw.hidden_act}' is not supported yet (these are: ${known})`);
+  }
+  if (!architecture.hasPartialRotary && (raw.partial_rotary_factor ?? 1) !== 1) {
+    throw unsupported(dir, `partial_rotary_factor ${raw.partial_rotary_factor} is nothing that ${raw.model_type} has`);
   }
   const window = raw.sliding_window ?? raw.max_position_embeddings;
-  if (window < raw.max_position_embeddings) throw unsupported(dir, `sliding_window ${window} is not supported yet`);
-  if (raw.quantization_config !== undefined && raw.quantization_config !== null) {
-    throw unsupported(dir, 'quantization_config: quantized checkpoints are not supported yet');
+  if (architecture.windows === 'none' && window < raw.max_position_embeddings) {
+    throw unsupported(dir, `sliding_window ${window} is nothing that model_type '${raw.model_type}' has`);
   }
-}
-
-function unsupported(dir: string, problem: string): Error {
-  const remedy = `use a float checkpoint of model_type ${SUPPORTED_MODEL_TYPES.join(' or ')} with plain rotary embedding`;
-  return modelInvalid(join(dir, CONFIG_FILE), problem, remedy);
-}
-
-function inconsistent(dir: string, problem: string): Error {
-  return modelInvalid(join(dir, CONFIG_FILE), problem, 'restore the file from where the model was downloaded');
+  return activation;
 }

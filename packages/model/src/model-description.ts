@@ -2,17 +2,19 @@
  * Owns what the services know of a model without building it: readModel and the ModelDescription it returns.
  *
  * Invariants
- * 1. readModel reads JSON and text only, never a weight; it is cheap enough for every service's start.
+ * 1. readModel reads JSON and text, of a published ONNX decoder also the graph and small tables, never a weight; it is cheap enough for every service's start.
  * 2. generation_config.json wins over config.json; a field that is absent from it is null, never a made-up default.
  */
-import { stat } from 'node:fs/promises';
+import { readdir, stat } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
 import type { AttentionSpec } from '@lamina/tensor';
 import { z } from 'zod';
-import { type ModelConfig, modelConfigOf, readRawConfig, tokenIdsSchema } from './model-config.ts';
+import { type ModelConfig, modelConfigOf } from './model-config.ts';
 import { modelInvalid } from './model-error.ts';
 import { parseFile, readOptionalJson, readOptionalText, readRequiredJson } from './model-files.ts';
-import { readTokenizerSettings } from './tokenizer-files.ts';
+import { readRawConfig, tokenIdsSchema } from './raw-config.ts';
+import { findPublishedGraph, type PublishedFacts, readPublishedDecoder } from './slicer/published-model.ts';
+import { readTokenizerSettings, type TokenizerSettings } from './tokenizer-files.ts';
 
 /** Sampling defaults of generation_config.json; null where it is silent. */
 export interface GenerationDefaults {
@@ -30,7 +32,8 @@ export interface ModelDescription {
   readonly modelId: string;
   /** Absolute path of the model's directory. */
   readonly dir: string;
-  readonly config: ModelConfig;
+  /** What config.json says of a checkpoint; null of a published ONNX decoder, whose graph says it all. */
+  readonly config: ModelConfig | null;
   readonly attention: AttentionSpec;
   /** Longest sequence (prompt and answer), in tokens. */
   readonly contextLength: number;
@@ -38,6 +41,11 @@ export interface ModelDescription {
   readonly hiddenSize: number;
   /** numLayers + 1: n attention nodes cut the decoder into n + 1 stages. */
   readonly numStages: number;
+  /**
+   * Sequences of at most `numTokens` tokens, all told, are fed `offset` + position as position ids, longer ones their
+   * positions (longrope). A sequence that grows beyond is computed anew from its first token. Null: no difference.
+   */
+  readonly shortSequences: { readonly numTokens: number; readonly offset: number } | null;
   /** Tokens that end an answer; may be several, may be none. */
   readonly eosTokenIds: readonly number[];
   readonly bosTokenId: number | null;
@@ -67,12 +75,64 @@ const chatTemplateSchema = z
 
 const chatTemplateFileSchema = z.looseObject({ chat_template: chatTemplateSchema });
 
-/** Describes the Hugging Face model in `dir`. Throws model_invalid for anything missing, damaged or unsupported. */
-export async function readModel(dir: string): Promise<ModelDescription> {
+/**
+ * Describes the Hugging Face model or published ONNX decoder in `dir`. Throws model_invalid for anything missing,
+ * damaged or unsupported.
+ * @param variant Of an ONNX decoder that is published in several: see BuildOptions.
+ */
+export async function readModel(dir: string, variant?: string): Promise<ModelDescription> {
   const absoluteDir = resolve(dir);
   await checkDirectory(absoluteDir);
+  const graph = await findPublishedGraph(absoluteDir, variant);
+  if (graph === null) return describeCheckpoint(absoluteDir);
+  return describePublished(absoluteDir, (await readPublishedDecoder(absoluteDir, graph.path, graph.variant)).facts);
+}
+
+/** Describes a published decoder that has been read already. */
+export async function describePublished(absoluteDir: string, facts: PublishedFacts): Promise<ModelDescription> {
+  const { eosTokenId, bosTokenId, ...own } = facts;
+  return {
+    ...own,
+    config: null,
+    shortSequences: null,
+    ...(await describeText(absoluteDir, own.vocabSize, eosTokenId, bosTokenId)),
+  };
+}
+
+async function describeCheckpoint(absoluteDir: string): Promise<ModelDescription> {
+  await refusePickledWeights(absoluteDir);
   const raw = await readRawConfig(absoluteDir);
   const config = modelConfigOf(absoluteDir, raw);
+  const short = config.rotaryTables[0]?.short ?? null;
+  return {
+    config,
+    attention: attentionOf(config),
+    contextLength: config.contextLength,
+    vocabSize: config.vocabSize,
+    hiddenSize: config.hiddenSize,
+    numStages: config.numLayers + 1,
+    shortSequences: short === null ? null : { numTokens: short.numTokens, offset: config.contextLength },
+    ...(await describeText(absoluteDir, config.vocabSize, raw.eos_token_id, raw.bos_token_id)),
+  };
+}
+
+type TextFields =
+  | 'modelId'
+  | 'dir'
+  | 'eosTokenIds'
+  | 'bosTokenId'
+  | 'addBosToken'
+  | 'generationDefaults'
+  | 'chatTemplate'
+  | 'specialTokens';
+
+/** What the files beside config.json say; token ids that they do not give are config.json's. */
+async function describeText(
+  absoluteDir: string,
+  vocabSize: number,
+  eosTokenId: number | number[] | null | undefined,
+  bosTokenId: number | null | undefined,
+): Promise<Pick<ModelDescription, TextFields>> {
   const generationConfig = parseFile(
     absoluteDir,
     'generation_config.json',
@@ -80,23 +140,12 @@ export async function readModel(dir: string): Promise<ModelDescription> {
     (await readOptionalJson(absoluteDir, 'generation_config.json')) ?? {},
   );
   const tokenizer = await readTokenizerSettings(absoluteDir);
+  checkVocabulary(absoluteDir, tokenizer, vocabSize);
   return {
     modelId: basename(absoluteDir),
     dir: absoluteDir,
-    config,
-    attention: {
-      numLayers: config.numLayers,
-      numHeads: config.numHeads,
-      numKvHeads: config.numKvHeads,
-      headDim: config.headDim,
-      scale: 1 / Math.sqrt(config.headDim),
-    },
-    contextLength: config.contextLength,
-    vocabSize: config.vocabSize,
-    hiddenSize: config.hiddenSize,
-    numStages: config.numLayers + 1,
-    eosTokenIds: tokenIds(generationConfig.eos_token_id ?? raw.eos_token_id),
-    bosTokenId: generationConfig.bos_token_id ?? raw.bos_token_id ?? null,
+    eosTokenIds: tokenIds(generationConfig.eos_token_id ?? eosTokenId),
+    bosTokenId: generationConfig.bos_token_id ?? bosTokenId ?? null,
     addBosToken: tokenizer.addBosToken,
     generationDefaults: {
       doSample: generationConfig.do_sample ?? null,
@@ -109,6 +158,39 @@ export async function readModel(dir: string): Promise<ModelDescription> {
     chatTemplate: await readChatTemplate(absoluteDir),
     specialTokens: tokenizer.namedSpecialTokens,
   };
+}
+
+/** What the shards must know. A field that the model does not use is absent. */
+function attentionOf(config: ModelConfig): AttentionSpec {
+  const { numLayers, numHeads, numKvHeads, headDim, attentionScale, attentionSoftcap, windowTokens } = config;
+  return {
+    numLayers,
+    numHeads,
+    numKvHeads,
+    headDim,
+    scale: attentionScale,
+    ...(attentionSoftcap === null ? {} : { softcap: attentionSoftcap }),
+    ...(windowTokens.some((window) => window > 0) ? { windowTokens } : {}),
+  };
+}
+
+/** Every token must have an embedding; special tokens that are only declared (for images, say) need none. */
+function checkVocabulary(dir: string, tokenizer: TokenizerSettings, vocabSize: number): void {
+  if (tokenizer.numTokens <= vocabSize) return;
+  const problem = `it has ${tokenizer.numTokens} tokens, but config.json says vocab_size ${vocabSize}`;
+  const remedy = 'use the tokenizer.json and the config.json of the same model';
+  throw modelInvalid(join(dir, 'tokenizer.json'), problem, remedy);
+}
+
+/** Pickled weights run code when they are loaded: they are refused, never opened. */
+async function refusePickledWeights(dir: string): Promise<void> {
+  const names = await readdir(dir);
+  const pickled = names.find((name) => /^(pytorch_model.*|consolidated.*|model.*)\.(bin|pt|pth|ckpt)$/.test(name));
+  const hasOther = names.some((name) => /\.(safetensors|onnx)$|\.safetensors\.index\.json$|^onnx$/.test(name));
+  if (pickled === undefined || hasOther) return;
+  const remedy =
+    'convert it to safetensors (in Python: load it and call save_pretrained(..., safe_serialization=True))';
+  throw modelInvalid(join(dir, pickled), 'is a pickle, which can run any code when it is loaded; refused', remedy);
 }
 
 async function checkDirectory(dir: string): Promise<void> {

@@ -8,7 +8,7 @@
  * 3. A sharded checkpoint (model.safetensors.index.json) and a single file look the same to the caller.
  */
 import { createHash } from 'node:crypto';
-import { type FileHandle, open } from 'node:fs/promises';
+import { type FileHandle, open, realpath } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { modelInvalid, reasonOf, systemErrorCode } from './model-error.ts';
@@ -29,6 +29,8 @@ const ELEMENT_BYTES: ReadonlyMap<string, number> = new Map([
 
 interface SafetensorsFile {
   readonly path: string;
+  /** `path` with links followed. */
+  readonly realPath: string;
   readonly handle: FileHandle;
   readonly sizeBytes: number;
   readonly header: Buffer;
@@ -49,6 +51,10 @@ export interface WeightTensor {
   readonly dtype: WeightDtype;
   readonly shape: readonly number[];
   readonly file: string;
+  /** Where it lies: in `file` with links followed, from byte `position`. */
+  readonly realPath: string;
+  readonly position: number;
+  readonly byteLength: number;
   /** Reads `byteLength` bytes from `byteOffset` of the tensor's data. */
   read(byteOffset: number, byteLength: number): Promise<Buffer>;
 }
@@ -56,6 +62,7 @@ export interface WeightTensor {
 const REMEDY = 'download the checkpoint again';
 const SINGLE_FILE = 'model.safetensors';
 const INDEX_FILE = 'model.safetensors.index.json';
+const SAFETENSORS_NAME = /^[^/\\]+\.safetensors$/;
 const MAX_HEADER_BYTES = 100_000_000;
 /** Files up to this size are hashed whole, larger ones in this many bytes of evenly spread samples. */
 const FINGERPRINT_BYTES = 256 * 1024 * 1024;
@@ -84,26 +91,42 @@ export class Checkpoint {
   /** Opens the checkpoint of a model directory and checks its headers. Throws model_invalid. */
   static async open(dir: string): Promise<Checkpoint> {
     const index = await readOptionalJson(dir, INDEX_FILE);
-    const names =
-      index === null
-        ? [SINGLE_FILE]
-        : [...new Set(Object.values(parseFile(dir, INDEX_FILE, indexSchema, index).weight_map))].sort();
+    const fileOf = index === null ? {} : parseFile(dir, INDEX_FILE, indexSchema, index).weight_map;
+    const names = index === null ? [SINGLE_FILE] : [...new Set(Object.values(fileOf))].sort();
     const files: SafetensorsFile[] = [];
     const tensors = new Map<string, StoredTensor>();
     try {
       for (const name of names) {
-        if (name !== join(name) || name.includes('/') || name.includes('\\')) {
-          throw modelInvalid(join(dir, INDEX_FILE), `weight_map names '${name}', which is no file name`, REMEDY);
+        if (!SAFETENSORS_NAME.test(name)) {
+          const problem = `weight_map names '${name}', which is no safetensors file beside it`;
+          throw modelInvalid(join(dir, INDEX_FILE), problem, REMEDY);
         }
         const file = await openFile(join(dir, name));
         files.push(file);
-        for (const [tensorName, tensor] of parseHeader(file)) tensors.set(tensorName, tensor);
+        for (const [tensorName, tensor] of parseHeader(file)) {
+          if ((fileOf[tensorName] ?? name) === name) tensors.set(tensorName, tensor);
+        }
+      }
+      const lost = Object.keys(fileOf).find((tensorName) => !tensors.has(tensorName));
+      if (lost !== undefined) {
+        const problem = `weight_map says that ${fileOf[lost]} has tensor '${lost}', but it has not`;
+        throw modelInvalid(join(dir, INDEX_FILE), problem, REMEDY);
       }
     } catch (error) {
       await closeAll(files);
       throw error;
     }
     return new Checkpoint(dir, files, tensors);
+  }
+
+  /** Paths of its files. */
+  get paths(): readonly string[] {
+    return this.#files.map(({ path }) => path);
+  }
+
+  /** Paths of its files, links followed. */
+  get realPaths(): readonly string[] {
+    return this.#files.map(({ realPath }) => realPath);
   }
 
   has(name: string): boolean {
@@ -130,6 +153,9 @@ export class Checkpoint {
       dtype,
       shape,
       file: file.path,
+      realPath: file.realPath,
+      position: start,
+      byteLength,
       read: (byteOffset, length) => readRange(file, start + byteOffset, Math.min(length, byteLength - byteOffset)),
     };
   }
@@ -169,7 +195,7 @@ async function openFile(path: string): Promise<SafetensorsFile> {
   }
   try {
     const sizeBytes = (await handle.stat()).size;
-    const opened = { path, handle, sizeBytes };
+    const opened = { path, realPath: await realpath(path), handle, sizeBytes };
     if (sizeBytes < 8) throw truncated(path, `it has ${sizeBytes} bytes, less than a header`);
     const headerBytes = (await readRange(opened, 0, 8)).readBigUInt64LE(0);
     if (headerBytes > BigInt(MAX_HEADER_BYTES)) {
@@ -216,7 +242,11 @@ function parseHeader(file: SafetensorsFile): Map<string, StoredTensor> {
   for (const [name, { start, byteLength }] of [...tensors].sort((a, b) => a[1].start - b[1].start)) {
     if (byteLength === 0) continue;
     if (start < previousEnd) throw modelInvalid(file.path, `tensor '${name}' overlaps another tensor`, REMEDY);
+    if (start > previousEnd) throw modelInvalid(file.path, `bytes before tensor '${name}' are of no tensor`, REMEDY);
     previousEnd = start + byteLength;
+  }
+  if (previousEnd !== file.sizeBytes) {
+    throw modelInvalid(file.path, `its last ${file.sizeBytes - previousEnd} bytes are of no tensor`, REMEDY);
   }
   return tensors;
 }

@@ -11,6 +11,7 @@
  * 2. All leaves have the same outputs in the same order; those that a stage does not compute have zero tokens (rows).
  * 3. Everything is token-wise: a wave is one flat list of tokens [1, T, ..] whatever requests they belong to.
  */
+import { type Architecture, architectureOf } from './architecture.ts';
 import {
   addAfterAttention,
   addEmbedding,
@@ -18,11 +19,11 @@ import {
   addNormalization,
   addQkv,
   addRotary,
-  GraphPiece,
   type LayerContext,
 } from './decoder-layers.ts';
+import { GraphPiece } from './graph-piece.ts';
 import type { ModelConfig } from './model-config.ts';
-import { type ElementType, node, type OnnxGraph, type OnnxValueInfo, valueInfo, weightInitializer } from './onnx.ts';
+import { type ElementType, node, type OnnxGraph, type OnnxValueInfo, valueInfo } from './onnx.ts';
 import type { WeightLayout } from './weight-layout.ts';
 
 interface StagedValue {
@@ -36,7 +37,10 @@ export const STAGED_INPUTS = {
   stage: { name: 'stage', type: 'int64' },
   /** [1, T]: read by stage 0 only, [1, 0] for the others. */
   tokenIds: { name: 'token_ids', type: 'int64' },
-  /** [1, T]: position of each token in its request; read by all stages but the last. */
+  /**
+   * [1, T]: position of each token in its request (of a short request plus ModelDescription.shortSequences.offset, if
+   * there is one); read by all stages but the last.
+   */
   positionIds: { name: 'position_ids', type: 'int64' },
   /** [1, T, hiddenSize]: `hidden_out` of the stage before; [1, 0, hiddenSize] for stage 0. */
   hidden: { name: 'hidden', type: 'float32' },
@@ -64,13 +68,17 @@ const OUTPUT_NAMES = Object.values(STAGED_OUTPUTS).map(({ name }) => name);
 
 export function buildStagedGraph(config: ModelConfig, layout: WeightLayout): OnnxGraph {
   const { stage, tokenIds, positionIds, hidden, attention, logitRows } = STAGED_INPUTS;
-  const tree = buildBranch(config, layout, 0, config.numLayers + 1);
+  const architecture = architectureOf(config.modelType);
+  if (architecture === undefined) throw new TypeError(`no architecture facts for ${config.modelType}`);
+  const tree = buildBranch({ config, architecture, layout }, 0, config.numLayers + 1);
+  const shared = new GraphPiece();
+  for (const { cos, sin } of layout.rotary) for (const table of [cos, sin]) shared.weight(table);
   const outputs = outputInfos(config, '');
   return {
     name: 'staged',
     // A root branch that is a leaf cannot be: there are at least two stages.
     node: (tree.node ?? []).map((treeNode) => ({ ...treeNode, output: renameOutputs(treeNode.output ?? [], tree) })),
-    initializer: [...(tree.initializer ?? []), weightInitializer(layout.cos), weightInitializer(layout.sin)],
+    initializer: [...(tree.initializer ?? []), ...shared.initializers],
     input: [
       valueInfo(stage.name, stage.type, []),
       valueInfo(tokenIds.name, tokenIds.type, [1, 'embedded_tokens']),
@@ -101,9 +109,15 @@ function outputInfos(config: ModelConfig, prefix: string): OnnxValueInfo[] {
   ];
 }
 
+interface Model {
+  readonly config: ModelConfig;
+  readonly architecture: Architecture;
+  readonly layout: WeightLayout;
+}
+
 /** The graph that runs stages first..end - 1. */
-function buildBranch(config: ModelConfig, layout: WeightLayout, first: number, end: number): OnnxGraph {
-  if (end - first === 1) return buildLeaf(config, layout, first);
+function buildBranch(model: Model, first: number, end: number): OnnxGraph {
+  if (end - first === 1) return buildLeaf(model, first);
   const middle = (first + end) >> 1;
   const prefix = `stages_${first}_${end}.`;
   const piece = new GraphPiece();
@@ -115,8 +129,8 @@ function buildBranch(config: ModelConfig, layout: WeightLayout, first: number, e
       [`${prefix}is_below`],
       OUTPUT_NAMES.map((name) => prefix + name),
       {
-        then_branch: { graph: buildBranch(config, layout, first, middle) },
-        else_branch: { graph: buildBranch(config, layout, middle, end) },
+        then_branch: { graph: buildBranch(model, first, middle) },
+        else_branch: { graph: buildBranch(model, middle, end) },
       },
     ),
   );
@@ -124,14 +138,14 @@ function buildBranch(config: ModelConfig, layout: WeightLayout, first: number, e
     name: `stages_${first}_${end}`,
     node: piece.nodes,
     initializer: piece.initializers,
-    output: outputInfos(config, prefix),
+    output: outputInfos(model.config, prefix),
   };
 }
 
-function buildLeaf(config: ModelConfig, layout: WeightLayout, stage: number): OnnxGraph {
+function buildLeaf({ config, architecture, layout }: Model, stage: number): OnnxGraph {
   const piece = new GraphPiece();
   const prefix = `stage_${stage}`;
-  const context = { piece, config, prefix };
+  const context = { piece, config, architecture, prefix };
   if (stage < config.numLayers) addBeforeAttentionStage(context, layout, stage);
   else addLastStage(context, layout);
   return {
@@ -152,16 +166,33 @@ function addBeforeAttentionStage(context: LayerContext, layout: WeightLayout, st
   const previous = layout.layers[stage - 1];
   if (weights === undefined) throw new RangeError(`stage ${stage} has no layer`);
   const hiddenOut = outputName(context, STAGED_OUTPUTS.hiddenOut);
-  if (previous === undefined) addEmbedding(piece, layout, STAGED_INPUTS.tokenIds.name, hiddenOut);
+  const positions = STAGED_INPUTS.positionIds.name;
+  if (previous === undefined) {
+    addEmbedding(piece, config, layout, STAGED_INPUTS.tokenIds.name, () => positions, hiddenOut);
+  }
   const residual =
     previous === undefined
       ? { hidden: hiddenOut }
       : addAfterAttention(context, previous, STAGED_INPUTS.hidden.name, STAGED_INPUTS.attention.name);
   const { normalized } = addNormalization(context, 'input', residual, weights.inputNorm, hiddenOut);
-  const { query, key } = addQkv(context, weights, normalized, outputName(context, STAGED_OUTPUTS.value));
-  const tables = { positions: STAGED_INPUTS.positionIds.name, cos: layout.cos.name, sin: layout.sin.name };
-  addRotary(context, query, outputName(context, STAGED_OUTPUTS.query), config.numHeads, tables);
-  addRotary(context, key, outputName(context, STAGED_OUTPUTS.key), config.numKvHeads, tables);
+  const { query, key, value } = STAGED_OUTPUTS;
+  const outputs = {
+    query: outputName(context, query),
+    key: outputName(context, key),
+    value: outputName(context, value),
+  };
+  const tableIndex = config.rotaryOfLayer[stage] ?? null;
+  const table = tableIndex === null ? undefined : config.rotaryTables[tableIndex];
+  const rotary = tableIndex === null ? undefined : layout.rotary[tableIndex];
+  if (table === undefined || rotary === undefined) {
+    addQkv(context, weights, normalized, outputs);
+  } else {
+    const plain = { ...outputs, query: `${context.prefix}.query`, key: `${context.prefix}.key` };
+    addQkv(context, weights, normalized, plain);
+    const tables = { dim: table.dim, positions, cos: rotary.cos.name, sin: rotary.sin.name };
+    addRotary(context, plain.query, outputs.query, config.numHeads, tables);
+    addRotary(context, plain.key, outputs.key, config.numKvHeads, tables);
+  }
   addEmpty(context, STAGED_OUTPUTS.logits, [0, config.vocabSize]);
 }
 

@@ -34,6 +34,8 @@ export interface TokenizerSettings {
   readonly bosToken: string | null;
   /** Texts of the special tokens that chat templates name: bos_token, eos_token, unk_token, pad_token. */
   readonly namedSpecialTokens: Readonly<Record<string, string>>;
+  /** Highest id + 1 of the tokens that a text can become; special tokens that are only declared do not count. */
+  readonly numTokens: number;
   /** Special tokens that only tokenizer_config.json names. */
   readonly additionalSpecialTokens: readonly string[];
   readonly byteRules: ByteRules;
@@ -133,9 +135,18 @@ export async function readTokenizerSettings(dir: string): Promise<TokenizerSetti
     addBosTokenIsExplicit: explicit !== null,
     bosToken,
     namedSpecialTokens: Object.fromEntries(namedSpecialTokens),
+    numTokens: numTokensOf(tokenizerJson),
     additionalSpecialTokens: (configJson.additional_special_tokens ?? []).map((token) => contentOf(token) ?? ''),
     byteRules: byteRulesOf(dir, tokenizerJson.decoder ?? null),
   };
+}
+
+function numTokensOf({ model, added_tokens: added = [] }: z.infer<typeof tokenizerSchema>): number {
+  const { vocab } = model;
+  let end = Array.isArray(vocab) ? vocab.length : 0;
+  if (!Array.isArray(vocab)) for (const id of Object.values(vocab)) end = Math.max(end, id + 1);
+  for (const { id, special } of added) if (special !== true) end = Math.max(end, id + 1);
+  return end;
 }
 
 function contentOf(token: z.infer<typeof tokenSchema> | null | undefined): string | null {

@@ -1,98 +1,85 @@
 /**
  * Owns which weights the graphs have, where each lies in the weights file, and what of the checkpoint it is made of.
- * The graphs and the weights file are both written from this one plan. Another weight format (int4, int8) is another
- * WeightSource and another operator in decoder-layers.ts.
+ * The graphs and the weights file are both written from this one plan. How a weight is stored (float32, quantized, in
+ * place) is weight-storage.ts, how it is then used linear.ts; neither is known here.
  *
  * Invariants
- * 1. Offsets follow from the configuration alone and are aligned for memory mapping; no two weights overlap.
- * 2. Matrices lie as [K, N] (input, output features), ready for MatMul; the embedding lies as [vocab, hidden], ready
- *    for Gather, and a tied LM head is that same range.
+ * 1. Matrices are [K, N] (input, output features); the embedding is [vocab, hidden], and a tied LM head is the
+ *    embedding.
  */
-import { architectureOf } from './architecture.ts';
+import { type Architecture, architectureOf, type TensorRoot } from './architecture.ts';
 import type { ModelConfig } from './model-config.ts';
+import { numRotaryRows } from './rotary.ts';
+import type { Checkpoint } from './safetensors.ts';
+import type { Weight, WeightSource } from './weight.ts';
+import { type StorageOptions, WeightPlacer } from './weight-storage.ts';
 
-/** One tensor of the checkpoint that is part of a weight. */
-export interface SourceTensor {
-  readonly name: string;
-  readonly shape: readonly number[];
+/** Norms before Architecture.normOffset is added; beta only where the norm has one. */
+export interface NormWeights {
+  readonly gamma: Weight;
+  readonly beta: Weight | null;
 }
 
-export type WeightSource =
-  /** The checkpoint's tensors one after the other (first axis), as they lie. */
-  | { readonly kind: 'rows'; readonly tensors: readonly SourceTensor[] }
-  /** The checkpoint's [N_i, K] tensors, joined along N and transposed to [K, sum N_i]. */
-  | { readonly kind: 'transposed'; readonly tensors: readonly SourceTensor[] }
-  /** cos or sin of the rotary angles, [contextLength, headDim / 2]. */
-  | { readonly kind: 'rotary'; readonly function: 'cos' | 'sin' };
-
-/** A float32 tensor in the weights file. */
-export interface Weight {
-  readonly name: string;
-  readonly dims: readonly number[];
-  readonly source: WeightSource;
-  readonly byteOffset: number;
-  readonly byteLength: number;
-}
-
+/** A norm that is null is left out. */
 export interface LayerWeights {
-  readonly inputNorm: Weight;
-  readonly postAttentionNorm: Weight;
+  readonly inputNorm: NormWeights | null;
   /** [hidden, (numHeads + 2 * numKvHeads) * headDim], columns Q, K, V. */
   readonly qkv: Weight;
   readonly qkvBias: Weight | null;
+  /** [headDim] for every head, or [width] for the whole projection. */
+  readonly queryNorm: NormWeights | null;
+  readonly keyNorm: NormWeights | null;
   /** [numHeads * headDim, hidden] */
   readonly output: Weight;
   readonly outputBias: Weight | null;
-  /** [hidden, 2 * intermediate], columns gate, up. */
+  readonly attentionOutputNorm: NormWeights | null;
+  readonly mlpInputNorm: NormWeights | null;
+  /** [hidden, 2 * intermediate], columns gate, up; [hidden, intermediate] where there is no gate. */
   readonly gateUp: Weight;
   readonly gateUpBias: Weight | null;
   /** [intermediate, hidden] */
   readonly down: Weight;
   readonly downBias: Weight | null;
+  readonly mlpOutputNorm: NormWeights | null;
+}
+
+export interface RotaryWeights {
+  readonly cos: Weight;
+  readonly sin: Weight;
 }
 
 export interface WeightLayout {
   /** [vocab, hidden] */
   readonly embedding: Weight;
+  /** [contextLength, hidden], added to the embedding; null: rotary embedding. */
+  readonly positions: Weight | null;
   /** [vocab, hidden]; the embedding itself if tied. */
   readonly head: Weight;
-  readonly finalNorm: Weight;
-  readonly cos: Weight;
-  readonly sin: Weight;
+  readonly finalNorm: NormWeights;
+  /** As ModelConfig.rotaryTables. */
+  readonly rotary: readonly RotaryWeights[];
   readonly layers: readonly LayerWeights[];
   /** Every weight once, in the order of the file. */
   readonly all: readonly Weight[];
   readonly totalBytes: number;
 }
 
-/** A page, so that ONNX Runtime maps the file instead of copying it. */
-const ALIGNMENT_BYTES = 4096;
-
-export function layOutWeights(config: ModelConfig): WeightLayout {
+export function layOutWeights(config: ModelConfig, options: StorageOptions): WeightLayout {
   const architecture = architectureOf(config.modelType);
   if (architecture === undefined) throw new TypeError(`no architecture facts for ${config.modelType}`);
-  const { hiddenSize, intermediateSize, vocabSize, headDim } = config;
+  const { hiddenSize, intermediateSize, vocabSize, headDim, contextLength } = config;
   const queryWidth = config.numHeads * headDim;
   const kvWidth = config.numKvHeads * headDim;
-  const all: Weight[] = [];
-  let end = 0;
-
-  function place(name: string, dims: readonly number[], source: WeightSource): Weight {
-    const byteOffset = Math.ceil(end / ALIGNMENT_BYTES) * ALIGNMENT_BYTES;
-    const byteLength = dims.reduce((a, b) => a * b, 4);
-    const weight = { name, dims, source, byteOffset, byteLength };
-    all.push(weight);
-    end = byteOffset + byteLength;
-    return weight;
-  }
-  const table = (name: string, dims: readonly number[]): Weight =>
+  const root = rootOf(architecture, options.checkpoint);
+  const placer = new WeightPlacer(options);
+  const place = placer.place.bind(placer);
+  const vector = (name: string, dims: readonly number[]): Weight =>
     place(name, dims, { kind: 'rows', tensors: [{ name: `${name}.weight`, shape: dims }] });
-  const matrix = (name: string, inputs: number, parts: readonly (readonly [string, number])[]): Weight =>
-    place(`${name}.weight`, [inputs, widthOf(parts)], {
-      kind: 'transposed',
-      tensors: parts.map(([part, outputs]) => ({ name: `${part}.weight`, shape: [outputs, inputs] })),
-    });
-  const bias = (name: string, present: boolean, parts: readonly (readonly [string, number])[]): Weight | null =>
+  const table = (name: string, dims: readonly number[]): Weight =>
+    place(name, dims, { kind: 'rows', tensors: [{ name: `${name}.weight`, shape: dims }] }, 'table');
+  const matrix = (name: string, inputs: number, parts: readonly Part[]): Weight =>
+    place(`${name}.weight`, [inputs, widthOf(parts)], matrixSource(architecture, inputs, parts), 'matrix');
+  const bias = (name: string, present: boolean, parts: readonly Part[]): Weight | null =>
     present
       ? place(`${name}.bias`, [widthOf(parts)], {
           kind: 'rows',
@@ -100,41 +87,86 @@ export function layOutWeights(config: ModelConfig): WeightLayout {
         })
       : null;
 
-  const embedding = table(architecture.embedding, [vocabSize, hiddenSize]);
-  const cos = place('rotary.cos', [config.contextLength, headDim / 2], { kind: 'rotary', function: 'cos' });
-  const sin = place('rotary.sin', [config.contextLength, headDim / 2], { kind: 'rotary', function: 'sin' });
+  const norm = (name: string, width: number): NormWeights => ({
+    gamma: vector(name, [width]),
+    beta:
+      architecture.norm === 'layer'
+        ? place(`${name}.bias`, [width], { kind: 'rows', tensors: [{ name: `${name}.bias`, shape: [width] }] })
+        : null,
+  });
+
+  const embedding = table(root.body + architecture.embedding, [vocabSize, hiddenSize]);
+  const positions =
+    architecture.positions === null ? null : vector(root.body + architecture.positions, [contextLength, hiddenSize]);
+  const rotary = config.rotaryTables.map((rotaryTable, i): RotaryWeights => {
+    const dims = [numRotaryRows(rotaryTable, contextLength), rotaryTable.dim / 2];
+    const source = { kind: 'rotary', table: rotaryTable, contextLength } as const;
+    return {
+      cos: place(`rotary.${i}.cos`, dims, { ...source, function: 'cos' }),
+      sin: place(`rotary.${i}.sin`, dims, { ...source, function: 'sin' }),
+    };
+  });
+  const isPerHead = architecture.queryKeyNorm === 'head';
   const layers: LayerWeights[] = [];
   for (let layer = 0; layer < config.numLayers; layer++) {
-    const names = architecture.layer(layer);
-    const qkvParts = [
-      [names.query, queryWidth],
-      [names.key, kvWidth],
-      [names.value, kvWidth],
-    ] as const;
-    const gateUpParts = [
-      [names.gate, intermediateSize],
-      [names.up, intermediateSize],
-    ] as const;
-    const outputParts = [[names.output, hiddenSize]] as const;
-    const downParts = [[names.down, hiddenSize]] as const;
+    const prefix = `${root.body}${architecture.layers}.${layer}.`;
+    const names = architecture.layer;
+    const normOf = (name: string | null, width: number): NormWeights | null =>
+      name === null ? null : norm(prefix + name, width);
+    const joined = (parts: readonly string[], widths: readonly number[]): Part[] =>
+      parts.length === 1
+        ? [[prefix + parts[0], widths.reduce((a, b) => a + b, 0)]]
+        : parts.map((part, i) => [prefix + part, widths[i] ?? 0]);
+    const qkvParts = joined(names.qkv, [queryWidth, kvWidth, kvWidth]);
+    const gateUpParts = joined(
+      names.gateUp,
+      architecture.isGated ? [intermediateSize, intermediateSize] : [intermediateSize],
+    );
+    const outputParts: Part[] = [[prefix + names.output, hiddenSize]];
+    const downParts: Part[] = [[prefix + names.down, hiddenSize]];
     layers.push({
-      inputNorm: table(names.inputNorm, [hiddenSize]),
+      inputNorm: normOf(names.inputNorm, hiddenSize),
       qkv: matrix(`layers.${layer}.qkv`, hiddenSize, qkvParts),
-      qkvBias: bias(`layers.${layer}.qkv`, config.attentionBias, qkvParts),
+      qkvBias: bias(`layers.${layer}.qkv`, config.qkvBias, qkvParts),
+      queryNorm: normOf(names.queryNorm, isPerHead ? headDim : queryWidth),
+      keyNorm: normOf(names.keyNorm, isPerHead ? headDim : kvWidth),
       output: matrix(`layers.${layer}.output`, queryWidth, outputParts),
-      outputBias: bias(`layers.${layer}.output`, config.attentionBias, outputParts),
-      postAttentionNorm: table(names.postAttentionNorm, [hiddenSize]),
+      outputBias: bias(`layers.${layer}.output`, config.outputBias, outputParts),
+      attentionOutputNorm: normOf(names.attentionOutputNorm, hiddenSize),
+      mlpInputNorm: normOf(names.mlpInputNorm, hiddenSize),
       gateUp: matrix(`layers.${layer}.gate_up`, hiddenSize, gateUpParts),
       gateUpBias: bias(`layers.${layer}.gate_up`, config.mlpBias, gateUpParts),
       down: matrix(`layers.${layer}.down`, intermediateSize, downParts),
       downBias: bias(`layers.${layer}.down`, config.mlpBias, downParts),
+      mlpOutputNorm: normOf(names.mlpOutputNorm, hiddenSize),
     });
   }
-  const finalNorm = table(architecture.finalNorm, [hiddenSize]);
-  const head = config.tieWordEmbeddings ? embedding : table(architecture.head, [vocabSize, hiddenSize]);
-  return { embedding, head, finalNorm, cos, sin, layers, all, totalBytes: end };
+  const finalNorm = norm(root.body + architecture.finalNorm, hiddenSize);
+  const head = config.tieWordEmbeddings ? embedding : table(`${root.head}lm_head`, [vocabSize, hiddenSize]);
+  const { weights: all, totalBytes } = placer;
+  return { embedding, positions, head, finalNorm, rotary, layers, all, totalBytes };
 }
 
-function widthOf(parts: readonly (readonly [string, number])[]): number {
+/** A tensor of the checkpoint (without `.weight`) and its outputs. */
+type Part = readonly [name: string, outputs: number];
+
+function rootOf(architecture: Architecture, checkpoint: Checkpoint): TensorRoot {
+  const { roots, embedding } = architecture;
+  const root = roots.find(({ body }) => checkpoint.has(`${body}${embedding}.weight`)) ?? roots[0];
+  if (root === undefined) throw new TypeError('an architecture without a root');
+  return root;
+}
+
+function matrixSource({ isInputMajor }: Architecture, inputs: number, parts: readonly Part[]): WeightSource {
+  if (!isInputMajor) {
+    const tensors = parts.map(([part, outputs]) => ({ name: `${part}.weight`, shape: [outputs, inputs] }));
+    return { kind: 'transposed', tensors };
+  }
+  const [part, ...others] = parts;
+  if (part === undefined || others.length > 0) throw new TypeError('input-major matrices cannot be joined');
+  return { kind: 'rows', tensors: [{ name: `${part[0]}.weight`, shape: [inputs, part[1]] }] };
+}
+
+function widthOf(parts: readonly Part[]): number {
   return parts.reduce((sum, [, outputs]) => sum + outputs, 0);
 }

@@ -1,131 +1,153 @@
 /**
- * Owns writing the weights file: the checkpoint's tensors, converted to float32 and laid out for the graphs.
+ * Owns writing the weights file: the weights of a layout, converted and laid out as their storage says. It can be
+ * killed at any time and called again.
  *
  * Invariants
- * 1. Memory is bounded by the source tensors of one weight (as stored) and one output chunk, whatever the model's size.
+ * 1. Memory is bounded by the source tensors of one weight (as stored) and one chunk, whatever the model's size.
  * 2. Every source tensor is looked up and shape-checked before the first byte is written.
- * 3. A weight that is NaN or infinite is model_invalid: it would make every answer garbage.
+ * 3. A weight that is NaN or infinite is model_invalid: it would make every answer garbage. Weights that stay in place
+ *    are read for that too.
+ * 4. A weight enters the journal after its bytes were written, with their checksum. What a journal says is believed
+ *    only where the bytes in the file have that checksum.
  */
-import { type FileHandle, open } from 'node:fs/promises';
-import { float16Table } from '@lamina/tensor';
-import type { ModelConfig } from './model-config.ts';
+import { type FileHandle, open, readFile, stat } from 'node:fs/promises';
+import { dirname } from 'node:path';
+import { crc32 } from 'node:zlib';
+import { float32ToFloat16Bits } from '@lamina/tensor';
+import { checkFreeSpace } from './disk-space.ts';
+import { readFully, writeFully } from './file-io.ts';
 import { modelInvalid } from './model-error.ts';
-import { BYTES_PER_ELEMENT, type Checkpoint, type WeightDtype, type WeightTensor } from './safetensors.ts';
-import type { Weight, WeightLayout } from './weight-layout.ts';
+import { quantizeRows } from './quantize.ts';
+import type { Checkpoint } from './safetensors.ts';
+import { type StoredTensor, storedTensorsOf, type Weight } from './weight.ts';
+import type { WeightLayout } from './weight-layout.ts';
+import { openRows } from './weight-source.ts';
+
+export interface WeightsFilePaths {
+  readonly weights: string;
+  readonly journal: string;
+}
 
 const CHUNK_ELEMENTS = 2 * 1024 * 1024;
+const CHECK_BYTES = 8 * 1024 * 1024;
 
 /**
- * Writes `path`. `onProgress` gets the written fraction, 0..1.
- * Throws model_invalid for tensors that are missing, of another shape, not convertible or not finite.
+ * Writes the weights file, or what is missing of it. `onProgress` gets bytes done, of all that the weights have.
+ * Throws model_invalid for tensors that are missing, of another shape, not convertible or not finite; config_invalid
+ * if the disk has too little room.
  */
 export async function writeWeightsFile(
-  path: string,
+  paths: WeightsFilePaths,
   layout: WeightLayout,
-  config: ModelConfig,
   checkpoint: Checkpoint,
-  onProgress: (fraction: number) => void,
+  onProgress: (doneBytes: number, totalBytes: number) => void,
 ): Promise<void> {
-  const sources = layout.all.map((weight) =>
-    weight.source.kind === 'rotary'
-      ? []
-      : weight.source.tensors.map(({ name, shape }) => checkpoint.tensor(name, shape)),
+  for (const weight of layout.all) openRows(weight, checkpoint);
+  const totalBytes = layout.all.reduce((sum, weight) => sum + bytesOf(weight), 0);
+  const journaled = await readJournal(paths.journal);
+  const allocated = await stat(paths.weights).then(
+    ({ blocks }) => blocks * 512,
+    () => 0,
   );
-  const file = await open(path, 'wx');
+  await checkFreeSpace(dirname(paths.weights), Math.max(0, layout.totalBytes - allocated), 'the built model');
+  const file = await open(paths.weights, journaled.size > 0 && allocated > 0 ? 'r+' : 'w+');
+  const journal = await open(paths.journal, 'a');
   try {
     await file.truncate(layout.totalBytes);
-    for (const [i, weight] of layout.all.entries()) {
-      if (weight.source.kind === 'rotary') await writeRotary(file, weight, weight.source.function, config);
-      else if (weight.source.kind === 'rows') await writeRows(file, weight, sources[i] ?? []);
-      else await writeTransposed(file, weight, sources[i] ?? []);
-      onProgress((weight.byteOffset + weight.byteLength) / layout.totalBytes);
+    let doneBytes = 0;
+    for (const weight of layout.all) {
+      const checksum = journaled.get(weight.name);
+      if (checksum === undefined || (await checksumOf(file, weight)) !== checksum) {
+        const written = await writeWeight(file, weight, checkpoint, (fraction) =>
+          onProgress(doneBytes + Math.floor(fraction * bytesOf(weight)), totalBytes),
+        );
+        await journal.write(`\n${JSON.stringify([weight.name, written])}`);
+      }
+      doneBytes += bytesOf(weight);
+      onProgress(doneBytes, totalBytes);
     }
     await file.datasync();
   } finally {
-    await file.close();
+    await Promise.all([file.close(), journal.close()]);
   }
 }
 
-async function writeRows(file: FileHandle, weight: Weight, tensors: readonly WeightTensor[]): Promise<void> {
-  let position = weight.byteOffset;
-  for (const tensor of tensors) {
-    const elements = tensor.shape.reduce((a, b) => a * b, 1);
-    const bytesPerElement = BYTES_PER_ELEMENT[tensor.dtype];
-    for (let start = 0; start < elements; start += CHUNK_ELEMENTS) {
-      const count = Math.min(CHUNK_ELEMENTS, elements - start);
-      const raw = await tensor.read(start * bytesPerElement, count * bytesPerElement);
-      const values = new Float32Array(count);
-      elementReader(tensor.dtype, raw)(0, values, 0, count, 1);
-      checkFinite(tensor, values);
-      position = await writeAt(file, values, position);
-    }
-  }
-}
-
-/** Sources [N_i, K], target [K, sum N_i]; written in chunks of whole target rows. */
-async function writeTransposed(file: FileHandle, weight: Weight, tensors: readonly WeightTensor[]): Promise<void> {
-  const [inputs = 0, outputs = 0] = weight.dims;
-  const readers: { outputs: number; read: ElementReader; tensor: WeightTensor }[] = [];
-  for (const tensor of tensors) {
-    const [tensorOutputs = 0] = tensor.shape;
-    const raw = await tensor.read(0, tensorOutputs * inputs * BYTES_PER_ELEMENT[tensor.dtype]);
-    readers.push({ outputs: tensorOutputs, read: elementReader(tensor.dtype, raw), tensor });
-  }
-  const rowsPerChunk = Math.max(1, Math.min(inputs, Math.floor(CHUNK_ELEMENTS / outputs)));
-  let position = weight.byteOffset;
-  for (let row = 0; row < inputs; row += rowsPerChunk) {
-    const rows = Math.min(rowsPerChunk, inputs - row);
-    const chunk = new Float32Array(rows * outputs);
-    let column = 0;
-    for (const source of readers) {
-      for (let n = 0; n < source.outputs; n++) source.read(n * inputs + row, chunk, column + n, rows, outputs);
-      column += source.outputs;
-    }
-    if (!isFinite32(chunk)) throw notFinite(tensors[0], tensors.map(({ name }) => name).join(', '));
-    position = await writeAt(file, chunk, position);
-  }
-}
-
-/** Angles as Hugging Face computes them: position / theta^(2i / headDim), in float64 here. */
-async function writeRotary(
+/** Returns the checksum of what was written. */
+async function writeWeight(
   file: FileHandle,
   weight: Weight,
-  kind: 'cos' | 'sin',
-  { contextLength, headDim, ropeTheta }: ModelConfig,
-): Promise<void> {
-  const half = headDim / 2;
-  const values = new Float32Array(contextLength * half);
-  for (let i = 0; i < half; i++) {
-    const frequency = ropeTheta ** (-i / half);
-    for (let position = 0; position < contextLength; position++) {
-      values[position * half + i] = kind === 'cos' ? Math.cos(position * frequency) : Math.sin(position * frequency);
+  checkpoint: Checkpoint,
+  onProgress: (fraction: number) => void,
+): Promise<string> {
+  const { storage } = weight;
+  // Opened here and not before: rows that are read transposed keep their source.
+  const rows = openRows(weight, checkpoint);
+  const writers = storedTensorsOf(storage).map((tensor) => new TensorWriter(file, tensor));
+  const rowsPerChunk = Math.max(1, Math.floor(CHUNK_ELEMENTS / rows.width));
+  for (let first = 0; first < rows.rows; first += rowsPerChunk) {
+    const values = await rows.read(first, Math.min(rowsPerChunk, rows.rows - first));
+    if (!isFinite32(values)) throw notFinite(weight, checkpoint);
+    if (storage.kind === 'quantized') {
+      const quantized = quantizeRows(values, rows.width, storage.bits);
+      await writers[0]?.write(quantized.values);
+      await writers[1]?.write(quantized.scales);
+    } else if (storage.kind === 'dense') {
+      await writers[0]?.write(storage.tensor.type === 'float16' ? float16Of(values, weight, checkpoint) : values);
     }
+    onProgress(Math.min(1, (first + rowsPerChunk) / rows.rows));
   }
-  await writeAt(file, values, weight.byteOffset);
+  return writers.map(({ checksum }) => checksum).join();
 }
 
-/** Converts `count` consecutive source elements from `start` into target[offset], target[offset + stride], ... */
-type ElementReader = (start: number, target: Float32Array, offset: number, count: number, stride: number) => void;
+/** Writes one stored tensor from its first byte to its last. */
+class TensorWriter {
+  checksum = 0;
+  readonly #file: FileHandle;
+  #position: number;
 
-function elementReader(dtype: WeightDtype, raw: Buffer): ElementReader {
-  if (dtype === 'F16') {
-    const bits = new Uint16Array(raw.buffer, raw.byteOffset, raw.byteLength / 2);
-    const table = float16Table();
-    return (start, target, offset, count, stride) => {
-      for (let i = 0, to = offset; i < count; i++, to += stride) target[to] = table[bits[start + i]!]!;
-    };
+  constructor(file: FileHandle, tensor: StoredTensor) {
+    this.#file = file;
+    this.#position = tensor.byteOffset;
   }
-  if (dtype === 'BF16') {
-    const bits = new Uint16Array(raw.buffer, raw.byteOffset, raw.byteLength / 2);
-    return (start, target, offset, count, stride) => {
-      const targetBits = new Uint32Array(target.buffer, target.byteOffset, target.length);
-      for (let i = 0, to = offset; i < count; i++, to += stride) targetBits[to] = bits[start + i]! << 16;
-    };
+
+  async write(data: ArrayBufferView): Promise<void> {
+    this.checksum = crc32(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), this.checksum);
+    this.#position = await writeFully(this.#file, data, this.#position);
   }
-  const values = new Float32Array(raw.buffer, raw.byteOffset, raw.byteLength / 4);
-  return (start, target, offset, count, stride) => {
-    for (let i = 0, to = offset; i < count; i++, to += stride) target[to] = values[start + i]!;
-  };
+}
+
+/** Checksum of what the file has for `weight`, as writeWeight returns it. */
+async function checksumOf(file: FileHandle, weight: Weight): Promise<string> {
+  const checksums: number[] = [];
+  for (const { byteOffset, byteLength } of storedTensorsOf(weight.storage)) {
+    let checksum = 0;
+    for (let at = 0; at < byteLength; at += CHECK_BYTES) {
+      checksum = crc32(await readFully(file, byteOffset + at, Math.min(CHECK_BYTES, byteLength - at)), checksum);
+    }
+    checksums.push(checksum);
+  }
+  return checksums.join();
+}
+
+/** Checksums by weight. A line that was cut off counts as not written. */
+async function readJournal(path: string): Promise<Map<string, string>> {
+  const text = await readFile(path, 'utf8').catch(() => '');
+  const entries = new Map<string, string>();
+  for (const line of text.split('\n')) {
+    try {
+      const entry: unknown = JSON.parse(line);
+      if (Array.isArray(entry)) entries.set(String(entry[0]), String(entry[1]));
+    } catch {
+      // Cut off: its weight is written again.
+    }
+  }
+  return entries;
+}
+
+/** Bytes of all that a weight is stored as, in place or not. */
+function bytesOf({ storage }: Weight): number {
+  const tensors = storage.kind === 'in_place' ? storage.tensors : storedTensorsOf(storage);
+  return tensors.reduce((sum, { byteLength }) => sum + byteLength, 0);
 }
 
 function isFinite32(values: Float32Array): boolean {
@@ -135,21 +157,22 @@ function isFinite32(values: Float32Array): boolean {
   return differences === 0;
 }
 
-function checkFinite(tensor: WeightTensor, values: Float32Array): void {
-  if (!isFinite32(values)) throw notFinite(tensor, tensor.name);
-}
-
-function notFinite(tensor: WeightTensor | undefined, names: string): Error {
-  const problem = `tensor ${names} has NaN or infinite values`;
-  return modelInvalid(tensor?.file ?? 'the checkpoint', problem, 'download the checkpoint again');
-}
-
-/** Returns the position after what was written. */
-async function writeAt(file: FileHandle, values: Float32Array, position: number): Promise<number> {
-  const bytes = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
-  let written = 0;
-  while (written < bytes.byteLength) {
-    written += (await file.write(bytes, written, bytes.byteLength - written, position + written)).bytesWritten;
+function float16Of(values: Float32Array, weight: Weight, checkpoint: Checkpoint): Uint16Array {
+  const bits = new Uint16Array(values.length);
+  for (let i = 0; i < values.length; i++) {
+    bits[i] = float32ToFloat16Bits(values[i]!);
+    if ((bits[i]! & 0x7fff) !== 0x7c00) continue;
+    const problem = `${namesOf(weight)} has values beyond float16`;
+    throw modelInvalid(checkpoint.paths[0] ?? '', problem, 'take other weights than f16');
   }
-  return position + bytes.byteLength;
+  return bits;
+}
+
+function notFinite(weight: Weight, checkpoint: Checkpoint): Error {
+  const problem = `tensor ${namesOf(weight)} has NaN or infinite values`;
+  return modelInvalid(checkpoint.paths.join(', '), problem, 'download the checkpoint again');
+}
+
+function namesOf({ name, source }: Weight): string {
+  return source.kind === 'rotary' ? name : source.tensors.map((tensor) => tensor.name).join(', ');
 }

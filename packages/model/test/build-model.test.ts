@@ -1,7 +1,7 @@
-/** The build cache, and what is said of models that are damaged or not supported. All on copies of lamina-tiny. */
-import { cp, mkdir, mkdtemp, open, readdir, readFile, rm, stat, truncate, utimes, writeFile } from 'node:fs/promises';
+/** What is said of models that are damaged or not supported. All on copies of lamina-tiny. */
+import { cp, mkdtemp, open, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LaminaError } from '@lamina/tensor';
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest';
@@ -102,11 +102,6 @@ describe('readModel', () => {
   });
 
   it.each([
-    [{ model_type: 'gpt_neox' }, "model_type 'gpt_neox' is not supported yet"],
-    [{ rope_scaling: { rope_type: 'llama3', factor: 8 } }, "rope_scaling 'llama3' is not supported yet"],
-    [{ rope_parameters: { rope_type: 'yarn' } }, "rope_parameters 'yarn' is not supported yet"],
-    [{ sliding_window: 128 }, 'sliding_window 128 is not supported yet'],
-    [{ hidden_act: 'gelu' }, "hidden_act 'gelu' is not supported yet"],
     [{ quantization_config: { bits: 4 } }, 'quantized checkpoints are not supported yet'],
     [{ num_key_value_heads: 3 }, 'no multiple of num_key_value_heads 3'],
     [{ hidden_size: '128' }, 'hidden_size'],
@@ -181,6 +176,20 @@ describe('a damaged checkpoint', () => {
     await expectInvalid(file(), 'overlaps');
   });
 
+  it('is reported when bytes belong to no tensor', async () => {
+    const before = await readFile(file());
+    await editHeader('[262144, 262400]', '[262144, 262144]');
+    await editHeader('"shape": [128]', '"shape": [  0]');
+    await expectInvalid(file(), 'are of no tensor');
+    await writeFile(file(), Buffer.concat([before, Buffer.alloc(100)]));
+    await expectInvalid(file(), 'its last 100 bytes are of no tensor');
+  });
+
+  it('is reported when offsets run backwards', async () => {
+    await editHeader('[262144, 262400]', '[262400, 262144]');
+    await expectInvalid(file(), 'not 256');
+  });
+
   it('is reported when a weight is not finite', async () => {
     const handle = await open(file(), 'r+');
     const { size } = await handle.stat();
@@ -190,66 +199,26 @@ describe('a damaged checkpoint', () => {
   });
 });
 
-describe('the build cache', () => {
-  it('builds once and is reused', async () => {
-    const progress: number[] = [];
-    const first = await buildModel(dir, { cacheDir, onProgress: (fraction) => progress.push(fraction) });
-    expect(progress).toEqual([...progress].sort((a, b) => a - b));
-    expect(progress.at(-1)).toBe(1);
-    const before = await stat(first.stagedGraphPath);
-    const again: number[] = [];
-    const second = await buildModel(dir, { cacheDir, onProgress: (fraction) => again.push(fraction) });
-    expect(second).toEqual(first);
-    expect(again).toEqual([1]);
-    expect((await stat(second.stagedGraphPath)).ino).toBe(before.ino);
-    expect(await readdir(cacheDir)).toHaveLength(1);
+describe('a sharded checkpoint', () => {
+  const index = 'model.safetensors.index.json';
+
+  it('is reported when the index names a file that is missing', async () => {
+    const weight_map = { 'model.norm.weight': 'model-00002-of-00002.safetensors' };
+    await writeFile(join(dir, index), JSON.stringify({ weight_map }));
+    await expectInvalid(join(dir, 'model-00002-of-00002.safetensors'), 'is missing');
   });
 
-  it('builds again when a weight or the configuration changes, not when sampling defaults do', async () => {
-    const first = await buildModel(dir, { cacheDir });
-    await editJson('generation_config.json', { temperature: 0.1 });
-    expect((await buildModel(dir, { cacheDir })).stagedGraphPath).toBe(first.stagedGraphPath);
-    await editJson('config.json', { rms_norm_eps: 1e-6 });
-    const second = await buildModel(dir, { cacheDir });
-    const handle = await open(join(dir, 'model.safetensors'), 'r+');
-    await handle.write(Uint8Array.of(1), 0, 1, 1_500_000);
-    await handle.close();
-    const third = await buildModel(dir, { cacheDir });
-    expect(new Set([first, second, third].map(({ stagedGraphPath }) => stagedGraphPath)).size).toBe(3);
+  it('is reported when a file has not what the index says', async () => {
+    const weight_map = { 'model.norm.weight': 'model.safetensors', lost: 'model.safetensors' };
+    await writeFile(join(dir, index), JSON.stringify({ weight_map }));
+    await expectInvalid(join(dir, index), "model.safetensors has tensor 'lost', but it has not");
   });
 
-  it('lets several build at once: all get the one result', async () => {
-    const built = await Promise.all(Array.from({ length: 4 }, () => buildModel(dir, { cacheDir })));
-    expect(new Set(built.map(({ stagedGraphPath }) => stagedGraphPath)).size).toBe(1);
-    expect(await readdir(cacheDir)).toHaveLength(1);
-  });
-
-  it('builds again what was damaged in the cache', async () => {
-    const first = await buildModel(dir, { cacheDir });
-    await truncate(first.stagedGraphPath, 10);
-    const second = await buildModel(dir, { cacheDir });
-    expect(second.stagedGraphPath).toBe(first.stagedGraphPath);
-    expect((await stat(second.stagedGraphPath)).size).toBeGreaterThan(1000);
-    expect(await readdir(cacheDir)).toHaveLength(1);
-  });
-
-  it('removes what a killed build left behind, and leaves a running one alone', async () => {
-    const { stagedGraphPath } = await buildModel(dir, { cacheDir });
-    const target = dirname(stagedGraphPath);
-    await rm(target, { recursive: true });
-    const [abandoned, running] = [`${target}.1.partial`, `${target}.2.partial`];
-    await mkdir(abandoned);
-    await mkdir(running);
-    await utimes(abandoned, 0, 0);
-    await buildModel(dir, { cacheDir });
-    const left = (await readdir(cacheDir)).map((name) => join(cacheDir, name));
-    expect(left.sort()).toEqual([target, running]);
-  });
-
-  it('says so when the cache directory cannot be written', async () => {
-    const file = join(dir, 'config.json');
-    const error = await errorOf(buildModel(dir, { cacheDir: file }));
-    expect(error.code).toBe('config_invalid');
-    expect(error.message).toContain('give a writable cache directory');
-  });
+  it.each(['../model.safetensors', '/etc/passwd', 'weights.bin', '..'])(
+    'does not leave its directory: %s',
+    async (name) => {
+      await writeFile(join(dir, index), JSON.stringify({ weight_map: { 'model.norm.weight': name } }));
+      await expectInvalid(join(dir, index), 'no safetensors file beside it');
+    },
+  );
 });

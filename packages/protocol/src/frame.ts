@@ -143,13 +143,13 @@ export class FrameAssembler {
         `part at ${header.partOffset} does not follow ${this.#receivedBytes} bytes of the same message`,
         frame,
       );
-    } else if (header.partOffset < this.#receivedBytes) {
-      return undefined;
     }
-    this.#reserve(header.partOffset + bytes);
+    const end = header.partOffset + bytes;
+    if (end <= this.#receivedBytes) return undefined;
+    this.#reserve(end);
     this.#body.set(frame.subarray(FRAME_HEADER_BYTES), header.partOffset);
-    this.#receivedBytes += bytes;
-    return this.#receivedBytes === this.#bodyBytes ? this.#body.subarray(0, this.#bodyBytes) : undefined;
+    this.#receivedBytes = end;
+    return end === this.#bodyBytes ? this.#body.subarray(0, end) : undefined;
   }
 
   #reserve(bytes: number): void {

@@ -5,8 +5,8 @@
  * 1. `managerEpoch` changes when a kv-manager starts: block tables of another epoch are void.
  * 2. A shard that restarts, or that the kv-manager no longer knows, takes a new shardId, so a block reference can never
  *    reach memory that was given to somebody else since.
- * 3. Blocks are given to another request only when their owner has said that it stopped using them (free, or allocate
- *    of the same id), or is dead. Until then a table that is of no use any more is `void` and keeps its blocks.
+ * 3. Blocks are given to another request only when their owner has said that it stopped using them (free, trim, or
+ *    allocate of the same id), or is dead. Until then a table that is of no use any more is `void` and keeps its blocks.
  */
 import { z } from 'zod';
 import { attentionSpecSchema, idSchema, kvLayoutSchema } from './schema.ts';
@@ -24,8 +24,10 @@ export const executorHeartbeatReplySchema = z.object({
   heartbeatTimeoutMs: z.int().min(1),
   /** false when this heartbeat registered the executor: whatever tables it had before are gone, it must drop them. */
   known: z.boolean(),
-  /** Requests of this executor whose table is void (a shard of it was lost, or another executor took the request over). */
+  /** Requests of this executor whose table is void because a shard of it was lost. */
   voidRequestIds: z.array(idSchema),
+  /** Requests of this executor that another one has taken over: it must drop them without a word. */
+  takenOverRequestIds: z.array(idSchema),
 });
 
 export type ExecutorHeartbeat = z.infer<typeof executorHeartbeatSchema>;
@@ -61,16 +63,29 @@ export const allocateSchema = z.object({
   executorId: idSchema,
   /** Tokens that must have room now. */
   numTokens: z.int().min(1),
-  /** Tokens the request can grow to (prompt + max_tokens): refused at once if the cluster could never hold them. */
+  /**
+   * Tokens whose KV the request can need at a time: prompt + max_tokens, or less when it will trim. Refused at once if
+   * the cluster could never hold them.
+   */
   maxTokens: z.int().min(1),
+  /** How often the queue has offered the request: an executor that was offered it later takes it over, never the other way. */
+  deliveryCount: z.int().min(1),
 });
 export const extendSchema = z.object({
   requestId: idSchema,
   executorId: idSchema,
-  /** Tokens that must have room after this call, those of earlier calls included. */
+  /** Blocks that the caller knows of, trimmed ones included: the reply has those after them, so asking twice is safe. */
+  numBlocks: z.int().min(0),
+  /** Tokens that must have room after this call, those of earlier calls and trimmed ones included. */
   numTokens: z.int().min(1),
 });
 export const blocksReplySchema = z.object({ managerEpoch: z.string(), blocks: z.array(blockRefSchema) });
+export const trimSchema = z.object({
+  requestId: idSchema,
+  executorId: idSchema,
+  /** Blocks at the start of the table that are given back, those of earlier calls included. */
+  numFreedBlocks: z.int().min(0),
+});
 export const freeSchema = z.object({ requestId: idSchema, executorId: idSchema });
 export const executorLeaveSchema = z.object({ executorId: idSchema });
 export const emptySchema = z.object({});

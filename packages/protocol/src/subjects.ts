@@ -85,6 +85,15 @@ export const ENDPOINTS = {
     request: kv.extendSchema,
     reply: kv.blocksReplySchema,
   }),
+  trim: endpoint({
+    subject: `${ROOT}.kv.trim`,
+    from: 'dense-executor',
+    to: 'kv-manager',
+    meaning:
+      'Gives back blocks at the start of a table, which no later token can see (models whose layers all have a window).',
+    request: kv.trimSchema,
+    reply: kv.emptySchema,
+  }),
   free: endpoint({
     subject: `${ROOT}.kv.free`,
     from: 'dense-executor',
@@ -152,8 +161,12 @@ export const SUBJECTS = {
   work: (requestId: string): string => `${ROOT}.work.${requestId}`,
   /** Tensor plane: plans and QKV to a shard. */
   shardTensors: (shardId: string): string => `${ROOT}.tensor.shard.${shardId}`,
-  /** Tensor plane: partial attention back to one worker thread of an executor. */
-  workerTensors: (workerId: string): string => `${ROOT}.tensor.worker.${workerId}`,
+  /**
+   * Tensor plane: partial attention back to one worker thread of an executor. Wave and shard stand in the subject so that
+   * the server's own answer (nobody listens: an empty message) says which shard is gone.
+   */
+  workerTensors: (workerId: string, wave: number | string, shardIndex: number | string): string =>
+    `${ROOT}.tensor.worker.${workerId}.${wave}.${shardIndex}`,
 } as const;
 
 /** Queue group of all gateways on `lamina.v1.generate`. */
@@ -220,7 +233,7 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
     meaning: 'Step plans, then one QKV message per layer.',
   },
   {
-    subject: SUBJECTS.workerTensors('<workerId>'),
+    subject: SUBJECTS.workerTensors('<workerId>', '<wave>', '<shardIndex>'),
     kind: 'tensor plane',
     from: 'attention-shard',
     to: 'dense-executor',

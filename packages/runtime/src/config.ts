@@ -11,26 +11,36 @@ import { type Config, flagOf, LAUNCHER_VARIABLES, SETTINGS, type Service, type S
 
 const NAMES = Object.keys(SETTINGS).filter((name): name is SettingName => Object.hasOwn(SETTINGS, name));
 
-function readFlags(argv: readonly string[], service: Service): Partial<Record<string, string>> {
+/** The given flags by name; what is no flag of the service, or lacks its value, goes to `problems`. */
+function readFlags(argv: readonly string[], service: Service, problems: string[]): Partial<Record<string, string>> {
   const options = Object.fromEntries(
     NAMES.filter((name) => SETTINGS[name].usedBy.some((user) => user === service)).map((name) => [
       flagOf(name),
       { type: 'string' as const },
     ]),
   );
-  try {
-    const { values } = parseArgs({ args: [...argv], options, strict: true, allowPositionals: false });
-    return Object.fromEntries(Object.entries(values).map(([flag, value]) => [flag, String(value)]));
-  } catch (cause) {
-    const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new LaminaError(
-      'config_invalid',
-      `${reason}; flags of ${service}: ${Object.keys(options)
-        .map((flag) => `--${flag}`)
-        .join(' ')}`,
-      { cause },
-    );
+  const flags: Partial<Record<string, string>> = {};
+  const unknown: string[] = [];
+  // Not strict: parseArgs would stop at the first problem.
+  const { tokens } = parseArgs({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
+  let strayIndex = -1;
+  for (const token of tokens) {
+    if (token.kind === 'option-terminator') continue;
+    if (token.kind === 'positional') {
+      // What follows a misspelt flag is its value, and no second problem.
+      if (token.index !== strayIndex) unknown.push(`"${token.value}"`);
+    } else if (!Object.hasOwn(options, token.name) || !token.rawName.startsWith('--')) {
+      unknown.push(token.rawName);
+      if (token.inlineValue !== true) strayIndex = token.index + 1;
+    } else if (token.value === undefined || (!token.inlineValue && /^-./.test(token.value))) {
+      problems.push(`${token.rawName} needs a value; one that starts with "-" is given as ${token.rawName}=VALUE`);
+    } else flags[token.name] = token.value;
   }
+  if (unknown.length > 0) {
+    const known = Object.keys(options).map((flag) => `--${flag}`);
+    problems.push(`${unknown.join(', ')}: no flag of ${service}, which takes ${known.join(' ')}`);
+  }
+  return flags;
 }
 
 /**
@@ -42,8 +52,8 @@ export function readConfig(
   argv: readonly string[],
   environment: Readonly<Record<string, string | undefined>>,
 ): Config {
-  const flags = readFlags(argv, service);
   const problems: string[] = [];
+  const flags = readFlags(argv, service, problems);
   const known = new Set<string>([...NAMES.map((name) => SETTINGS[name].env), ...Object.keys(LAUNCHER_VARIABLES)]);
   for (const variable of Object.keys(environment)) {
     if (variable.startsWith('LAMINA_') && !known.has(variable))

@@ -1,8 +1,9 @@
 /** Process life: the only package that reads process.env. */
 export { processEnvironment, readConfig } from './config.ts';
+export { HUB_VARIABLES, hubVariables } from './hub-access.ts';
 export { createLogger, type Logger } from './log.ts';
 export { Counter, collectMetrics, DURATION_BUCKETS_S, Gauge, Histogram, Registry } from './metrics.ts';
-export { createInstanceId, type RunningService, runService, type ServiceContext, VERSION } from './service.ts';
+export { createInstanceId, type RunningService, runService, type ServiceContext } from './service.ts';
 export {
   type Config,
   flagOf,

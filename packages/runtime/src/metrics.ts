@@ -3,6 +3,7 @@
  *
  * Invariants
  * 1. Every series has the labels service and instance, so joining registries never mixes processes.
+ * 2. An answer that is none is left out; the others are still shown.
  */
 import type { Bus } from '@lamina/bus';
 import { packMessage, SUBJECTS, unpackMessage } from '@lamina/protocol';
@@ -15,6 +16,7 @@ import {
   type MetricValue,
   Registry,
 } from 'prom-client';
+import { z } from 'zod';
 
 export { Counter, Gauge, Histogram, Registry };
 
@@ -36,16 +38,33 @@ export function answerMetrics(bus: Bus, registry: Registry, onError: (cause: unk
   });
 }
 
-function isMetrics(value: unknown): value is MetricObjectWithValues<MetricValue<string>>[] {
-  return (
-    Array.isArray(value) &&
-    value.every((metric) => typeof metric === 'object' && metric !== null && 'name' in metric && 'values' in metric)
-  );
+type Metrics = MetricObjectWithValues<MetricValue<string>>[];
+
+/** A gauge may be NaN or infinite, which zod's number is not. */
+const isNumber = (value: unknown): boolean => typeof value === 'number';
+
+const metricsSchema = z.array(
+  z.looseObject({
+    name: z.string(),
+    help: z.string(),
+    type: z.enum(['counter', 'gauge', 'histogram', 'summary']),
+    aggregator: z.enum(['sum', 'first', 'min', 'max', 'average', 'omit']),
+    values: z.array(z.looseObject({ value: z.custom<number>(isNumber), labels: z.record(z.string(), z.unknown()) })),
+  }),
+);
+
+function readMetrics(answer: Uint8Array): Metrics[] {
+  try {
+    const value = unpackMessage(answer);
+    return metricsSchema.safeParse(value).success ? [value as Metrics] : [];
+  } catch {
+    return [];
+  }
 }
 
 /** Prometheus text of every instance that answers within `waitMs`. */
 export async function collectMetrics(bus: Bus, waitMs: number): Promise<string> {
-  const answers = (await bus.requestAll(SUBJECTS.metrics, waitMs)).map(unpackMessage).filter(isMetrics);
+  const answers = (await bus.requestAll(SUBJECTS.metrics, waitMs)).flatMap(readMetrics);
   return AggregatorRegistry.aggregate(answers).metrics();
 }
 

@@ -15,8 +15,7 @@ import { processEnvironment, readConfig } from './config.ts';
 import { createLogger, type Logger } from './log.ts';
 import { answerMetrics, Counter, createRegistry, type Registry } from './metrics.ts';
 import type { Config, Service } from './settings.ts';
-
-export const VERSION = '0.1.0';
+import { VERSION } from './version.ts';
 
 export interface ServiceContext {
   readonly service: Service;
@@ -78,10 +77,17 @@ export async function runService(
       logger.error({ err: error, subject }, 'message failed');
     };
     const stopped = new Promise<void>((resolve) => listenForSignals(resolve));
-    const bus = await Bus.connect(
-      { url: config.natsUrl, name: `${service} ${instanceId}`, connectTimeoutMs: config.natsConnectTimeoutMs },
-      { onError },
-    );
+    const bus = await Promise.race([
+      Bus.connect(
+        { url: config.natsUrl, name: `${service} ${instanceId}`, connectTimeoutMs: config.natsConnectTimeoutMs },
+        { onError },
+      ),
+      stopped.then(() => undefined),
+    ]);
+    if (bus === undefined) {
+      logger.info('stopped before nats-server answered');
+      process.exit(0);
+    }
     bus.onStatus((type, detail) => logger.debug({ type, detail }, 'connection'));
     let running: RunningService | undefined;
     await bus.announce({

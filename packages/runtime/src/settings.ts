@@ -38,7 +38,7 @@ const byteSize: z.ZodType<number, string> = z
   .string()
   .regex(/^\d+[kmg]?$/i, 'must be a number of bytes, or one with the suffix k, m or g')
   .transform((value) => Number.parseInt(value, 10) * (UNITS[value.replace(/\d/g, '').toLowerCase()] ?? 1))
-  .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be more than 0');
+  .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be from 1 byte to 8388607g');
 
 const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
 
@@ -76,14 +76,31 @@ export const SETTINGS = {
     fallback: 'models/lamina-tiny',
     schema: text,
     usedBy: ['gateway', 'dense-executor'],
-    meaning: 'Directory of the model (config.json, model.safetensors, tokenizer.json).',
+    meaning:
+      'The model: a directory, or a repository of the hub as `owner/name[@revision]`, which is pulled if it is not cached.',
   }),
   cacheDir: setting({
     env: 'LAMINA_CACHE_DIR',
     fallback: '.lamina/cache',
     schema: text,
+    usedBy: ['gateway', 'dense-executor'],
+    meaning: 'Directory for pulled models and for graphs that are built from them.',
+  }),
+  weights: setting({
+    env: 'LAMINA_WEIGHTS',
+    fallback: 'f32',
+    schema: z.enum(['checkpoint', 'f32', 'f16', 'int8', 'int4']),
     usedBy: ['dense-executor'],
-    meaning: 'Directory for graphs that are built from checkpoints.',
+    meaning:
+      'How weights are stored: `f32`, `int8` and `int4` are built into the cache; `checkpoint` copies nothing and takes more memory.',
+  }),
+  onnxVariant: setting({
+    env: 'LAMINA_ONNX_VARIANT',
+    fallback: 'auto',
+    schema: text.transform((variant) => (variant === 'auto' ? undefined : variant)),
+    usedBy: ['gateway', 'dense-executor'],
+    meaning:
+      'Of a published ONNX decoder, which of its files: `fp32` is model.onnx, `q4` model_q4.onnx, and so on; `auto` takes the only one, else fp32.',
   }),
   httpHost: setting({
     env: 'LAMINA_HTTP_HOST',
@@ -228,7 +245,7 @@ export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = 
   LAMINA_NATS_BIND: 'Compose: host address of nats.',
   LAMINA_NATS_PORT: 'Compose: host port of nats.',
   LAMINA_MODELS_DIR: 'Compose: host directory of models, mounted read-only.',
-  LAMINA_MODEL_NAME: 'Compose: directory in it that is served.',
+  LAMINA_MODEL_NAME: 'Compose: what is served: a directory in it, or a repository of the hub.',
   LAMINA_SHARD_CPUS: 'Compose: CPUs of one attention-shard.',
   LAMINA_SHARD_MEMORY: 'Compose: memory limit of one attention-shard.',
   LAMINA_DENSE_CPUS: 'Compose: CPUs of one dense-executor.',

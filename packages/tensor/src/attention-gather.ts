@@ -8,6 +8,8 @@
  * Invariants
  * 1. A shard that sees no key of a query reports L = -Infinity and its o is not read.
  * 2. Sums of exponentials are taken relative to the running maximum, so they never overflow.
+ * 3. A sink is an extra key without a value: it takes weight exp(sink - M) and gives nothing. It is counted here, once
+ *    per (row, head), and nowhere else: no shard knows of it.
  */
 
 /**
@@ -76,22 +78,43 @@ export class AttentionGather {
     }
   }
 
-  /** Normalizes. Returns the first row that no partial covered, or -1 if every (row, head) has seen a key. */
-  finish(): number {
+  /**
+   * Normalizes. Returns the first row that no partial covered, or -1 if every (row, head) has seen a key.
+   * @param sinkLogits [numHeads] of the layer, when it has sinks.
+   */
+  finish(sinkLogits?: readonly number[]): number {
     const numHeads = this.#numHeads;
     const headDim = this.#headDim;
     let uncovered = -1;
     for (let cell = 0; cell < this.#numRows * numHeads; cell++) {
       const sum = this.#sum[cell]!;
-      if (sum === 1) continue;
       if (sum === 0) {
         if (uncovered < 0) uncovered = Math.floor(cell / numHeads);
         continue;
       }
-      const scale = 1 / sum;
+      // Infinity when the sink has all the weight: the output is 0 then.
+      const sink = sinkLogits === undefined ? 0 : Math.exp(sinkLogits[cell % numHeads]! - this.#maximum[cell]!);
+      if (sum + sink === 1) continue;
+      const scale = 1 / (sum + sink);
       const target = cell * headDim;
       for (let d = 0; d < headDim; d++) this.#output[target + d]! *= scale;
     }
     return uncovered;
+  }
+}
+
+/**
+ * What `finish` does with sinks, for the attention of a single shard that needs no merge: o *= 1 / (1 + exp(sink - L)).
+ *
+ * @param output [numRows, numHeads, headDim] float32, normalized; changed in place.
+ * @param logSumExp [numRows, numHeads] float32.
+ * @param sinkLogits [numHeads] of the layer.
+ */
+export function applySinks(output: Float32Array, logSumExp: Float32Array, sinkLogits: readonly number[]): void {
+  const numHeads = sinkLogits.length;
+  const headDim = output.length / logSumExp.length;
+  for (let cell = 0; cell < logSumExp.length; cell++) {
+    const scale = 1 / (1 + Math.exp(sinkLogits[cell % numHeads]! - logSumExp[cell]!));
+    for (let at = cell * headDim; at < (cell + 1) * headDim; at++) output[at]! *= scale;
   }
 }

@@ -1,5 +1,9 @@
 /**
- * Owns what an attention shard must know of a model: head shapes, as data. No shard ever sees the model itself.
+ * Owns what an attention shard must know of a model: head shapes and score rules, as data. No shard ever sees the model
+ * itself.
+ *
+ * Invariants
+ * 1. Two specs are the same when every field has the same value; an absent field equals only an absent one.
  */
 
 /** How K and V are stored in a block. The wire is always float32. */
@@ -21,7 +25,7 @@ export interface AttentionSpec {
   readonly windowTokens?: readonly number[] | undefined;
   /** [numLayers][numHeads] Logit of a key without a value that only takes weight away; absent = none. Applied by the gather, once. */
   readonly sinkLogits?: readonly (readonly number[])[] | undefined;
-  /** [numHeads] Added to a score: slope * (keyPosition - queryPosition); absent = none. */
+  /** [numHeads] Added to a score after the soft-cap: slope * (keyPosition - queryPosition); absent = none. */
   readonly alibiSlopes?: readonly number[] | undefined;
 }
 
@@ -30,6 +34,47 @@ export interface KvLayout extends AttentionSpec {
   /** Consecutive tokens of one request in one block; a multiple of 8. */
   readonly blockSizeTokens: number;
   readonly kvDtype: KvDtype;
+}
+
+function sameNumbers(a: readonly number[] | undefined, b: readonly number[] | undefined): boolean {
+  if (a === undefined || b === undefined) return a === b;
+  return a.length === b.length && a.every((value, i) => value === b[i]);
+}
+
+function sameRows(
+  a: readonly (readonly number[])[] | undefined,
+  b: readonly (readonly number[])[] | undefined,
+): boolean {
+  if (a === undefined || b === undefined) return a === b;
+  return a.length === b.length && a.every((row, i) => sameNumbers(row, b[i]));
+}
+
+export function sameAttentionSpec(a: AttentionSpec, b: AttentionSpec): boolean {
+  return (
+    a.numLayers === b.numLayers &&
+    a.numHeads === b.numHeads &&
+    a.numKvHeads === b.numKvHeads &&
+    a.headDim === b.headDim &&
+    a.scale === b.scale &&
+    a.softcap === b.softcap &&
+    sameNumbers(a.windowTokens, b.windowTokens) &&
+    sameRows(a.sinkLogits, b.sinkLogits) &&
+    sameNumbers(a.alibiSlopes, b.alibiSlopes)
+  );
+}
+
+export function sameKvLayout(a: KvLayout, b: KvLayout): boolean {
+  return sameAttentionSpec(a, b) && a.blockSizeTokens === b.blockSizeTokens && a.kvDtype === b.kvDtype;
+}
+
+/**
+ * Tokens whose KV a request needs behind its next one, that one included: the largest window, or Infinity when some
+ * layer sees all. KV that no later query can see may be given up.
+ */
+export function maxWindowTokens(spec: AttentionSpec): number {
+  const { windowTokens } = spec;
+  if (windowTokens === undefined || windowTokens.some((window) => window === 0)) return Number.POSITIVE_INFINITY;
+  return Math.max(...windowTokens);
 }
 
 export function kvBytesPerToken(layout: KvLayout): number {

@@ -1,6 +1,15 @@
 /** The vocabulary of Lamina: errors, dtypes, the attention spec and the attention gather. Imports nothing. */
-export { AttentionGather } from './attention-gather.ts';
-export { type AttentionSpec, blockBytes, type KvDtype, type KvLayout, kvBytesPerToken } from './attention-spec.ts';
+export { AttentionGather, applySinks } from './attention-gather.ts';
+export {
+  type AttentionSpec,
+  blockBytes,
+  type KvDtype,
+  type KvLayout,
+  kvBytesPerToken,
+  maxWindowTokens,
+  sameAttentionSpec,
+  sameKvLayout,
+} from './attention-spec.ts';
 export {
   asLaminaError,
   ERROR_CODES,

@@ -1,4 +1,10 @@
-/** Real servers, clusters and the uncut reference, for tests. */
-export { type RandomCheckpointOptions, writeRandomCheckpoint } from './random-checkpoint.ts';
-export { argmax, UncutReference } from './reference.ts';
+/** Real servers, clusters and references, models to test with. */
+
+export type { ExportForm, ExportOptions } from './exporters/export-options.ts';
+export { writeExport } from './exporters/write-export.ts';
+export { perplexity } from './perplexity.ts';
+export { writeRandomCheckpoint } from './random-checkpoint.ts';
+export { RANDOM_MODELS } from './random-models.ts';
+export type { RandomCheckpointOptions } from './random-options.ts';
+export { argmax, type GreedyResult, UncutReference } from './reference.ts';
 export { StagedReference } from './reference-staged.ts';

@@ -27,6 +27,8 @@ export interface NatsServer {
   readonly port: number;
   /** Stops the server and waits until it is gone. */
   stop(): Promise<void>;
+  /** Ends it as a crash does; its store stays if `storeDir` was given. */
+  kill(): Promise<void>;
 }
 
 const START_TIMEOUT_MS = 10_000;
@@ -52,19 +54,16 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
   process.once('exit', cleanUp);
   try {
     const port = await listeningPort(child);
-    return {
-      url: `nats://127.0.0.1:${port}`,
-      port,
-      stop: async () => {
-        process.off('exit', cleanUp);
-        if (child.exitCode === null && child.signalCode === null) {
-          const exited = once(child, 'exit');
-          child.kill('SIGTERM');
-          await exited;
-        }
-        rmSync(workDir, { recursive: true, force: true });
-      },
+    const end = async (signal: NodeJS.Signals): Promise<void> => {
+      process.off('exit', cleanUp);
+      if (child.exitCode === null && child.signalCode === null) {
+        const exited = once(child, 'exit');
+        child.kill(signal);
+        await exited;
+      }
+      rmSync(workDir, { recursive: true, force: true });
     };
+    return { url: `nats://127.0.0.1:${port}`, port, stop: () => end('SIGTERM'), kill: () => end('SIGKILL') };
   } catch (cause) {
     process.off('exit', cleanUp);
     cleanUp();

@@ -1,5 +1,6 @@
 /**
- * Owns making small random Llama checkpoints in Hugging Face's layout for tests: every shape and dtype, no download.
+ * Owns making small random checkpoints in Hugging Face's layout for tests: every architecture, shape and dtype, no
+ * download.
  *
  * Invariants
  * 1. The same options give the same bytes.
@@ -9,29 +10,13 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { float32ToFloat16Bits } from '@lamina/tensor';
-
-export interface RandomCheckpointOptions {
-  readonly numLayers: number;
-  readonly hiddenSize: number;
-  readonly intermediateSize: number;
-  readonly numHeads: number;
-  readonly numKvHeads: number;
-  /** A multiple of 16: ONNX Runtime's GroupQueryAttention takes no other. */
-  readonly headDim: number;
-  /** At least 257. */
-  readonly vocabSize: number;
-  readonly contextLength: number;
-  readonly ropeTheta: number;
-  readonly dtype: 'F32' | 'F16' | 'BF16';
-  readonly tied: boolean;
-  readonly attentionBias: boolean;
-  readonly mlpBias: boolean;
-  /** 1: model.safetensors; more: that many files and an index. */
-  readonly shards: number;
-  readonly seed: number;
-}
+import { configOf, type TensorKind, type TensorPlan, tensorsOf } from './random-architectures.ts';
+import type { RandomCheckpointOptions } from './random-options.ts';
 
 const RANDOM_CHECKPOINT_DEFAULTS: RandomCheckpointOptions = {
+  modelType: 'llama',
+  config: {},
+  eosTokenId: 256,
   numLayers: 3,
   hiddenSize: 32,
   intermediateSize: 48,
@@ -68,11 +53,20 @@ export async function writeRandomCheckpoint(
   await mkdir(dir, { recursive: true });
   const json = (name: string, value: unknown): Promise<void> => writeFile(join(dir, name), JSON.stringify(value));
   await json('config.json', configOf(options));
-  await json('generation_config.json', { eos_token_id: [END_TOKEN_ID], do_sample: false });
-  await json('tokenizer.json', byteTokenizer());
-  await json('tokenizer_config.json', { eos_token: END_TOKEN, add_bos_token: false });
+  await writeTokenizer(dir, options.eosTokenId);
   await writeTensors(dir, options);
   return options;
+}
+
+/** Writes generation_config.json and the tokenizer's files. */
+export async function writeTokenizer(
+  dir: string,
+  eosTokenId: RandomCheckpointOptions['eosTokenId'] = END_TOKEN_ID,
+): Promise<void> {
+  const json = (name: string, value: unknown): Promise<void> => writeFile(join(dir, name), JSON.stringify(value));
+  await json('generation_config.json', { eos_token_id: eosTokenId, do_sample: false });
+  await json('tokenizer.json', byteTokenizer());
+  await json('tokenizer_config.json', { eos_token: END_TOKEN, add_bos_token: false });
 }
 
 /** The bytes of one safetensors file. */
@@ -91,40 +85,14 @@ function encodeSafetensors(tensors: ReadonlyMap<string, RawTensor>): Uint8Array 
   return Buffer.concat([length, text, ...[...tensors.values()].map(({ bytes }) => bytes)]);
 }
 
-function configOf(options: RandomCheckpointOptions): Record<string, unknown> {
-  return {
-    architectures: ['LlamaForCausalLM'],
-    model_type: 'llama',
-    hidden_size: options.hiddenSize,
-    intermediate_size: options.intermediateSize,
-    num_hidden_layers: options.numLayers,
-    num_attention_heads: options.numHeads,
-    num_key_value_heads: options.numKvHeads,
-    head_dim: options.headDim,
-    hidden_act: 'silu',
-    max_position_embeddings: options.contextLength,
-    rms_norm_eps: 1e-5,
-    rope_theta: options.ropeTheta,
-    rope_scaling: null,
-    tie_word_embeddings: options.tied,
-    vocab_size: options.vocabSize,
-    attention_bias: options.attentionBias,
-    mlp_bias: options.mlpBias,
-    eos_token_id: END_TOKEN_ID,
-  };
-}
-
 async function writeTensors(dir: string, options: RandomCheckpointOptions): Promise<void> {
-  const names = [...tensorShapes(options)];
   const random = mulberry32(options.seed);
   const tensors = new Map<string, RawTensor>();
-  for (const [name, shape] of names) {
-    const count = shape.reduce((a, b) => a * b, 1);
-    // Norms around 1, everything else so that activations and logits stay of order 1.
-    const isNorm = name.includes('norm');
-    const spread = isNorm ? 0.5 : name.includes('embed') || name.endsWith('bias') ? 1 : 4 / Math.sqrt(shape[1] ?? 1);
-    const values = Float32Array.from({ length: count }, () => (random() - 0.5) * spread + (isNorm ? 1 : 0));
-    tensors.set(name, { dtype: options.dtype, shape, bytes: encodeValues(values, options.dtype) });
+  for (const plan of tensorsOf(options)) {
+    const count = plan.shape.reduce((a, b) => a * b, 1);
+    const { center, spread } = distributionOf(plan);
+    const values = Float32Array.from({ length: count }, () => (random() - 0.5) * spread + center);
+    tensors.set(plan.name, { dtype: options.dtype, shape: plan.shape, bytes: encodeValues(values, options.dtype) });
   }
   if (options.shards === 1) {
     await writeFile(join(dir, 'model.safetensors'), encodeSafetensors(tensors));
@@ -140,31 +108,16 @@ async function writeTensors(dir: string, options: RandomCheckpointOptions): Prom
   await writeFile(join(dir, 'model.safetensors.index.json'), JSON.stringify({ weight_map: weightMap }));
 }
 
-function* tensorShapes(options: RandomCheckpointOptions): Generator<readonly [string, readonly number[]]> {
-  const { hiddenSize, intermediateSize, vocabSize, attentionBias, mlpBias } = options;
-  const queryWidth = options.numHeads * options.headDim;
-  const kvWidth = options.numKvHeads * options.headDim;
-  yield ['model.embed_tokens.weight', [vocabSize, hiddenSize]];
-  for (let layer = 0; layer < options.numLayers; layer++) {
-    const prefix = `model.layers.${layer}`;
-    const linears = [
-      ['self_attn.q_proj', queryWidth, hiddenSize, attentionBias],
-      ['self_attn.k_proj', kvWidth, hiddenSize, attentionBias],
-      ['self_attn.v_proj', kvWidth, hiddenSize, attentionBias],
-      ['self_attn.o_proj', hiddenSize, queryWidth, attentionBias],
-      ['mlp.gate_proj', intermediateSize, hiddenSize, mlpBias],
-      ['mlp.up_proj', intermediateSize, hiddenSize, mlpBias],
-      ['mlp.down_proj', hiddenSize, intermediateSize, mlpBias],
-    ] as const;
-    for (const [name, outputs, inputs, bias] of linears) {
-      yield [`${prefix}.${name}.weight`, [outputs, inputs]];
-      if (bias) yield [`${prefix}.${name}.bias`, [outputs]];
-    }
-    yield [`${prefix}.input_layernorm.weight`, [hiddenSize]];
-    yield [`${prefix}.post_attention_layernorm.weight`, [hiddenSize]];
-  }
-  yield ['model.norm.weight', [hiddenSize]];
-  if (!options.tied) yield ['lm_head.weight', [vocabSize, hiddenSize]];
+/** Norms around 1, everything else so that activations and logits stay of order 1. */
+function distributionOf({ kind, inputs }: TensorPlan): { center: number; spread: number } {
+  const spreads: Readonly<Record<TensorKind, number>> = {
+    norm: 0.5,
+    offset_norm: 0.5,
+    embedding: 1,
+    bias: 1,
+    matrix: 4 / Math.sqrt(inputs),
+  };
+  return { center: kind === 'norm' ? 1 : 0, spread: spreads[kind] };
 }
 
 function encodeValues(values: Float32Array, dtype: RandomCheckpointOptions['dtype']): Uint8Array {

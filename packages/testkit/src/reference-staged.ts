@@ -4,19 +4,22 @@
  *
  * Invariants
  * 1. A wave is one flat list of tokens of any number of sequences, prefill and decode mixed.
- * 2. A token sees the tokens before it in its own sequence and itself, nothing else.
+ * 2. A token sees the tokens before it in its own sequence and itself, nothing else; of these the last of its window.
  */
 import { type BuiltModel, type ModelDescription, STAGED_INPUTS, STAGED_OUTPUTS } from '@lamina/model';
 import type { AttentionSpec } from '@lamina/tensor';
 import { InferenceSession, Tensor } from 'onnxruntime-node';
-import { REFERENCE_SESSION_OPTIONS } from './reference.ts';
+import { referenceSessionOptions } from './reference.ts';
 
 /** KV of one sequence: per layer one row [numKvHeads * headDim] per token. */
 export class StagedSequence {
   readonly keys: Float32Array[][];
   readonly values: Float32Array[][];
+  /** Added to its positions (ModelDescription.shortSequences). */
+  readonly positionOffset: number;
 
-  constructor(numLayers: number) {
+  constructor(numLayers: number, positionOffset = 0) {
+    this.positionOffset = positionOffset;
     this.keys = Array.from({ length: numLayers }, () => []);
     this.values = Array.from({ length: numLayers }, () => []);
   }
@@ -42,12 +45,15 @@ export class StagedReference {
   }
 
   static async load(built: BuiltModel): Promise<StagedReference> {
-    const session = await InferenceSession.create(built.stagedGraphPath, REFERENCE_SESSION_OPTIONS);
+    const session = await InferenceSession.create(built.stagedGraphPath, referenceSessionOptions(built));
     return new StagedReference(session, built.description);
   }
 
-  newSequence(): StagedSequence {
-    return new StagedSequence(this.model.attention.numLayers);
+  /** A sequence of at most `numTokens` tokens. */
+  newSequence(numTokens = Number.POSITIVE_INFINITY): StagedSequence {
+    const { attention, shortSequences } = this.model;
+    const isShort = shortSequences !== null && numTokens <= shortSequences.numTokens;
+    return new StagedSequence(attention.numLayers, isShort ? shortSequences.offset : 0);
   }
 
   /**
@@ -58,6 +64,7 @@ export class StagedReference {
     const { attention, hiddenSize, vocabSize } = this.model;
     const tokens = wave.flatMap((entry) => entry.tokenIds.map((tokenId) => ({ tokenId, sequence: entry.sequence })));
     const positions = wave.flatMap(({ sequence, tokenIds }) => tokenIds.map((_, i) => sequence.numTokens + i));
+    const positionIds = tokens.map(({ sequence }, row) => positions[row]! + sequence.positionOffset);
     const logitRows = rows ?? tokens.map((_, row) => row);
     const tokenIds = tokens.map(({ tokenId }) => tokenId);
     const queryWidth = attention.numHeads * attention.headDim;
@@ -67,7 +74,7 @@ export class StagedReference {
       const outputs = await this.#session.run({
         [STAGED_INPUTS.stage.name]: int64([stage], []),
         [STAGED_INPUTS.tokenIds.name]: stage === 0 ? int64(tokenIds, [1, tokens.length]) : int64([], [1, 0]),
-        [STAGED_INPUTS.positionIds.name]: int64(positions, [1, tokens.length]),
+        [STAGED_INPUTS.positionIds.name]: int64(positionIds, [1, tokens.length]),
         [STAGED_INPUTS.hidden.name]: hidden,
         [STAGED_INPUTS.attention.name]: attended,
         [STAGED_INPUTS.logitRows.name]: int64([], [0]),
@@ -84,7 +91,7 @@ export class StagedReference {
     const outputs = await this.#session.run({
       [STAGED_INPUTS.stage.name]: int64([attention.numLayers], []),
       [STAGED_INPUTS.tokenIds.name]: int64([], [1, 0]),
-      [STAGED_INPUTS.positionIds.name]: int64(positions, [1, tokens.length]),
+      [STAGED_INPUTS.positionIds.name]: int64(positionIds, [1, tokens.length]),
       [STAGED_INPUTS.hidden.name]: hidden,
       [STAGED_INPUTS.attention.name]: attended,
       [STAGED_INPUTS.logitRows.name]: int64(logitRows, [logitRows.length]),
@@ -112,7 +119,7 @@ function floats(outputs: InferenceSession.ReturnType, name: string): Float32Arra
 
 /** Appends K and V of the wave's tokens and returns [T, numHeads * headDim]. */
 function attend(
-  { numHeads, numKvHeads, headDim, scale }: AttentionSpec,
+  { numHeads, numKvHeads, headDim, scale, softcap, windowTokens, sinkLogits, alibiSlopes }: AttentionSpec,
   layer: number,
   tokens: readonly { readonly sequence: StagedSequence }[],
   positions: readonly number[],
@@ -125,23 +132,29 @@ function attend(
     sequence.values[layer]?.push(value.slice(row * kvWidth, (row + 1) * kvWidth));
   }
   for (const [row, { sequence }] of tokens.entries()) {
-    const visible = positions[row]! + 1;
-    const keys = sequence.keys[layer]!.slice(0, visible);
-    const values = sequence.values[layer]!.slice(0, visible);
+    const end = positions[row]! + 1;
+    const window = windowTokens?.[layer] ?? 0;
+    const first = window === 0 ? 0 : Math.max(0, end - window);
+    const keys = sequence.keys[layer]!.slice(first, end);
+    const values = sequence.values[layer]!.slice(first, end);
     for (let head = 0; head < numHeads; head++) {
       const at = (row * numHeads + head) * headDim;
       const kv = Math.floor(head / (numHeads / numKvHeads)) * headDim;
-      const scores = keys.map((k) => {
+      const slope = alibiSlopes?.[head] ?? 0;
+      const scores = keys.map((k, token) => {
         let dot = 0;
         for (let d = 0; d < headDim; d++) dot += query[at + d]! * k[kv + d]!;
-        return dot * scale;
+        const score = dot * scale;
+        const capped = softcap === undefined ? score : softcap * Math.tanh(score / softcap);
+        return capped + slope * (first + token - (end - 1));
       });
-      const maximum = Math.max(...scores);
+      const sink = sinkLogits?.[layer]?.[head] ?? Number.NEGATIVE_INFINITY;
+      const maximum = Math.max(sink, ...scores);
       const weights = scores.map((score) => Math.exp(score - maximum));
-      const sum = weights.reduce((a, b) => a + b, 0);
+      const sum = weights.reduce((a, b) => a + b, Math.exp(sink - maximum));
       for (let d = 0; d < headDim; d++) {
         let mixed = 0;
-        for (let token = 0; token < visible; token++) mixed += weights[token]! * values[token]![kv + d]!;
+        for (let token = 0; token < end - first; token++) mixed += weights[token]! * values[token]![kv + d]!;
         output[at + d] = mixed / sum;
       }
     }

@@ -6,26 +6,29 @@
  * 1. It shares weights with the staged graph (one file) and nothing else: attention is ONNX Runtime's.
  * 2. One call at a time; concurrent calls are run one after the other.
  */
-import { type BuiltModel, type ModelDescription, UNCUT_NAMES } from '@lamina/model';
+import { dirname } from 'node:path';
+import type { BuiltModel, ModelDescription } from '@lamina/model';
 import { InferenceSession, Tensor } from 'onnxruntime-node';
+import { builtInterface, floatsOf, type KvCache, publishedInterface, type UncutInterface } from './uncut-interface.ts';
 
 /** Session options of everything that runs a graph of Lamina on the CPU. Spinning threads starve the other actors. */
-export const REFERENCE_SESSION_OPTIONS: InferenceSession.SessionOptions = {
-  executionProviders: ['cpu'],
-  intraOpNumThreads: 1,
-  interOpNumThreads: 1,
-  enableMemPattern: false,
-  extra: { session: { intra_op: { allow_spinning: '0' } } },
-};
+export function referenceSessionOptions({ dataDir }: Pick<BuiltModel, 'dataDir'>): InferenceSession.SessionOptions {
+  return {
+    executionProviders: ['cpu'],
+    intraOpNumThreads: 1,
+    interOpNumThreads: 1,
+    enableMemPattern: false,
+    extra: {
+      session: { intra_op: { allow_spinning: '0' }, model_external_initializers_file_folder_path: dataDir },
+    },
+  };
+}
 
 export interface GreedyResult {
   readonly tokenIds: number[];
   /** [vocabSize] of every step: `logits[i]` is what `tokenIds[i]` is the argmax of. */
   readonly logits: Float32Array[];
 }
-
-/** KV of one request: per layer [1, numKvHeads, P, headDim] float32. */
-type KvCache = ReadonlyMap<string, Tensor>;
 
 interface StepResult {
   /** [S, vocabSize], one row per given token. */
@@ -36,16 +39,21 @@ interface StepResult {
 export class UncutReference {
   readonly #session: InferenceSession;
   readonly #model: ModelDescription;
+  readonly #interface: UncutInterface;
   #turn: Promise<unknown> = Promise.resolve();
 
-  private constructor(session: InferenceSession, model: ModelDescription) {
+  private constructor(session: InferenceSession, model: ModelDescription, isPublished: boolean) {
     this.#session = session;
     this.#model = model;
+    this.#interface = isPublished ? publishedInterface(session) : builtInterface(model);
   }
 
   static async load(built: BuiltModel): Promise<UncutReference> {
-    const session = await InferenceSession.create(built.uncutGraphPath, REFERENCE_SESSION_OPTIONS);
-    return new UncutReference(session, built.description);
+    const isPublished = built.uncutKind === 'published';
+    // The data of a published graph is beside it, wherever that of the staged graph is.
+    const dataDir = isPublished ? dirname(built.uncutGraphPath) : built.dataDir;
+    const session = await InferenceSession.create(built.uncutGraphPath, referenceSessionOptions({ dataDir }));
+    return new UncutReference(session, built.description, isPublished);
   }
 
   /**
@@ -60,10 +68,15 @@ export class UncutReference {
     return this.#inTurn(async () => {
       const tokenIds: number[] = [];
       const logits: Float32Array[] = [];
-      let cache: KvCache = this.#emptyCache();
+      let cache: KvCache = this.#interface.emptyCache();
       let pending = promptTokenIds;
       let cachedTokens = 0;
       while (tokenIds.length < maxTokens) {
+        if (this.#outgrowsShort(cachedTokens, cachedTokens + pending.length)) {
+          pending = [...promptTokenIds, ...tokenIds];
+          cachedTokens = 0;
+          cache = this.#interface.emptyCache();
+        }
         const step = await this.#step(pending, cachedTokens, cache);
         cachedTokens += pending.length;
         cache = step.cache;
@@ -81,11 +94,17 @@ export class UncutReference {
 
   /** Teacher forcing: [vocabSize] at every position of `tokenIds`, in one prefill. */
   logits(tokenIds: readonly number[]): Promise<Float32Array[]> {
-    return this.#inTurn(async () => (await this.#step(tokenIds, 0, this.#emptyCache())).rows);
+    return this.#inTurn(async () => (await this.#step(tokenIds, 0, this.#interface.emptyCache())).rows);
   }
 
   async release(): Promise<void> {
     await this.#inTurn(() => this.#session.release());
+  }
+
+  /** Whether a sequence stops being short: what is in the cache is then computed anew. */
+  #outgrowsShort(cachedTokens: number, numTokens: number): boolean {
+    const limit = this.#model.shortSequences?.numTokens ?? Number.POSITIVE_INFINITY;
+    return cachedTokens > 0 && cachedTokens <= limit && numTokens > limit;
   }
 
   #inTurn<T>(work: () => Promise<T>): Promise<T> {
@@ -94,36 +113,12 @@ export class UncutReference {
     return result;
   }
 
-  #cacheNames(): { past: string; present: string }[] {
-    const parts = ['key', 'value'] as const;
-    return Array.from({ length: this.#model.attention.numLayers }).flatMap((_, layer) =>
-      parts.map((part) => ({ past: UNCUT_NAMES.past(layer, part), present: UNCUT_NAMES.present(layer, part) })),
-    );
-  }
-
-  #emptyCache(): KvCache {
-    const { numKvHeads, headDim } = this.#model.attention;
-    return new Map(
-      this.#cacheNames().map(({ past }) => [
-        past,
-        new Tensor('float32', new Float32Array(0), [1, numKvHeads, 0, headDim]),
-      ]),
-    );
-  }
-
   async #step(tokenIds: readonly number[], cachedTokens: number, cache: KvCache): Promise<StepResult> {
-    const total = cachedTokens + tokenIds.length;
-    const feeds: Record<string, Tensor> = {
-      [UNCUT_NAMES.tokenIds]: new Tensor('int64', BigInt64Array.from(tokenIds, BigInt), [1, tokenIds.length]),
-      [UNCUT_NAMES.seqlensK]: new Tensor('int32', Int32Array.of(total - 1), [1]),
-      [UNCUT_NAMES.totalSequenceLength]: new Tensor('int32', Int32Array.of(total), []),
-      ...Object.fromEntries(cache),
-    };
-    const outputs = await this.#session.run(feeds);
+    const { feeds, caches, logits } = this.#interface;
+    const outputs = await this.#session.run({ ...feeds(tokenIds, cachedTokens), ...Object.fromEntries(cache) });
     const nextCache = new Map<string, Tensor>();
-    for (const { past, present } of this.#cacheNames()) nextCache.set(past, outputOf(outputs, present));
-    const { data } = outputOf(outputs, UNCUT_NAMES.logits);
-    if (!(data instanceof Float32Array)) throw new TypeError('logits are not float32');
+    for (const { past, present } of caches) nextCache.set(past, outputOf(outputs, present));
+    const data = floatsOf(outputOf(outputs, logits));
     const { vocabSize } = this.#model;
     const rows = tokenIds.map((_, i) => data.slice(i * vocabSize, (i + 1) * vocabSize));
     return { rows, cache: nextCache };

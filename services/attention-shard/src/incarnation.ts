@@ -41,7 +41,9 @@ export class Incarnation {
     const { plane } = this;
     const subscription = bus.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
     this.#stopListening = () => subscription.unsubscribe();
-    log.info({ shardId, kernel: kernel.name, numBlocks: this.numBlocks, ...layout }, 'KV memory ready');
+    // Sinks are many numbers and not a shard's business.
+    const { sinkLogits: _, ...facts } = layout;
+    log.info({ shardId, kernel: kernel.name, numBlocks: this.numBlocks, ...facts }, 'KV memory ready');
   }
 
   /** Answers what is in flight, then gives the memory back. */

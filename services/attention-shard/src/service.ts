@@ -8,7 +8,7 @@
  */
 import { ENDPOINTS, type ShardHeartbeatReply } from '@lamina/protocol';
 import type { RunningService } from '@lamina/runtime';
-import { asLaminaError, type KvLayout } from '@lamina/tensor';
+import { asLaminaError, type KvLayout, sameKvLayout } from '@lamina/tensor';
 import { Incarnation, type ShardContext } from './incarnation.ts';
 import { ShardStats } from './shard-stats.ts';
 
@@ -90,9 +90,10 @@ class ShardMember {
       this.#heartbeatIntervalMs = reply.heartbeatIntervalMs;
       this.#stats.usedBlocks = reply.usedBlocks;
       this.#stats.usedBlocksPeak = reply.usedBlocksPeak;
-      if (this.#life !== undefined && (!reply.known || !sameLayout(this.#life.layout, reply.layout)))
+      const { known, layout } = reply;
+      if (this.#life !== undefined && (!known || layout === null || !sameKvLayout(this.#life.layout, layout)))
         await this.#endLife();
-      else if (this.#life === undefined && reply.layout !== null) this.#beginLife(reply.layout);
+      else if (this.#life === undefined && layout !== null) this.#beginLife(layout);
       else return;
       // Something changed: say so now, not a heartbeat later.
     }
@@ -134,19 +135,6 @@ class ShardMember {
     this.#context.log.warn({ former: life?.shardId, shardId: this.#shardId }, 'KV given up; joining anew');
     await life?.end();
   }
-}
-
-function sameLayout(a: KvLayout, b: KvLayout | null): boolean {
-  return (
-    b !== null &&
-    a.numLayers === b.numLayers &&
-    a.numHeads === b.numHeads &&
-    a.numKvHeads === b.numKvHeads &&
-    a.headDim === b.headDim &&
-    a.scale === b.scale &&
-    a.blockSizeTokens === b.blockSizeTokens &&
-    a.kvDtype === b.kvDtype
-  );
 }
 
 export async function startAttentionShard(context: ShardContext): Promise<RunningService> {

@@ -46,6 +46,7 @@ export interface PlaneMessage {
   readonly reply: string | undefined;
 }
 
+const MAX_PLAN_BYTES = 64 * 1024 * 1024;
 const ORIGIN_IDLE_MS = 600_000;
 /** Origins whose plans may come split at a time. */
 const MAX_SPLIT_PLANS = 32;
@@ -146,12 +147,18 @@ export class TensorPlane {
     writeFrameHeader(answer, step.header);
     this.#send(step.replySubject, answer, step.header);
     const seconds = (performance.now() - step.receivedAtMs) / 1000;
-    stats.attended(step.numQueryRows, step.numKvTokens, step.numKvTokens * this.#bytesPerTokenLayer, seconds);
+    const numKvTokens = step.numKvTokensOf(step.header.layer);
+    stats.attended(step.numQueryRows, numKvTokens, numKvTokens * this.#bytesPerTokenLayer, seconds);
   }
 
   #plan(frame: Uint8Array, header: FrameHeader, reply: string | undefined): void {
     if (reply === undefined)
       throw new LaminaError('protocol_violation', 'a plan must name the subject for its partial outputs as its reply');
+    if (header.bodyBytes > MAX_PLAN_BYTES)
+      throw new LaminaError(
+        'protocol_violation',
+        `a plan of ${header.bodyBytes} bytes; at most ${MAX_PLAN_BYTES} are taken`,
+      );
     const body = this.#joinPlan(frame, header);
     if (body === undefined) return;
     const plan = decodeStepPlan(body);

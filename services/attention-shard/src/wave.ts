@@ -45,8 +45,9 @@ export class WaveStep {
   /** Bytes of q, k and v of one layer. */
   readonly attendBytes: number;
   readonly numQueryRows: number;
-  /** KV tokens that the queries of one layer see on this shard. */
-  readonly numKvTokens: number;
+  /** By window: KV tokens that the queries of a layer see on this shard. */
+  readonly #numKvTokens = new Map<number, number>();
+  readonly #windowTokens: readonly number[] | undefined;
   /** Called by the kernel; made once per step. */
   readonly onDone: (error: Error | null) => void;
   /** Header of the next answer: the plan's, with the layer in flight. */
@@ -76,7 +77,8 @@ export class WaveStep {
     this.replySubject = replySubject;
     this.attendBytes = attendBytes(plan, numHeads, numKvHeads, headDim);
     this.numQueryRows = plan.numQueryRows;
-    this.numKvTokens = countKvTokens(plan);
+    this.#windowTokens = kernel.layout.windowTokens;
+    for (const window of new Set(this.#windowTokens ?? [0])) this.#numKvTokens.set(window, countKvTokens(plan, window));
     this.onDone = (error) => onDone(this, error);
     const bodyBytes = partialBytes(plan.numQueryRows, numHeads, headDim);
     this.#answerBytes = FRAME_HEADER_BYTES + bodyBytes;
@@ -95,6 +97,11 @@ export class WaveStep {
     return this.#partial;
   }
 
+  /** KV tokens in the blocks that a layer reads. */
+  numKvTokensOf(layer: number): number {
+    return this.#numKvTokens.get(this.#windowTokens?.[layer] ?? 0) ?? 0;
+  }
+
   layerAnswered(): void {
     this.#layerAnswered = this.layerInFlight;
     this.layerInFlight = -1;
@@ -106,13 +113,15 @@ export class WaveStep {
   }
 }
 
-function countKvTokens(plan: StepPlan): number {
+function countKvTokens(plan: StepPlan, windowTokens: number): number {
   const { segments, blocks } = plan;
   let numTokens = 0;
   for (let i = 0; i < segments.length; i += SEGMENT_FIELDS) {
     const blockStart = segments[i + 3]!;
     const blockEnd = blockStart + segments[i + 4]!;
-    for (let block = blockStart; block < blockEnd; block++) numTokens += blocks[block * BLOCK_FIELDS + 2]!;
+    const oldest = windowTokens === 0 ? 0 : segments[i + 2]! - windowTokens + 1;
+    for (let at = blockStart * BLOCK_FIELDS; at < blockEnd * BLOCK_FIELDS; at += BLOCK_FIELDS)
+      if (blocks[at + 1]! + blocks[at + 2]! > oldest) numTokens += blocks[at + 2]!;
   }
   return numTokens;
 }

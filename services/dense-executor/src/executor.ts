@@ -3,13 +3,14 @@
  *
  * Invariants
  * 1. A lease is completed after the last token message is stored; before that another executor can take over.
- * 2. The one timer renews leases and runs only while there are some.
+ * 2. A request that another executor had before continues after the last token that it stored: every token is sampled once.
+ * 3. The one timer renews leases and runs only while there are some.
  */
-import { ACK_WAIT_MS, type TokenStream, type WorkLease } from '@lamina/bus';
+import { ACK_WAIT_MS, AnswerWriter, type TokenStream, type WorkLease } from '@lamina/bus';
 import type { ModelDescription, Tokenizer } from '@lamina/model';
-import type { WorkItem } from '@lamina/protocol';
+import type { TokenMessage, WorkItem } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
-import { type KvLayout, LaminaError } from '@lamina/tensor';
+import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
 import type { KvClient } from './kv-client.ts';
 import { KvTables } from './kv-tables.ts';
@@ -32,6 +33,8 @@ export interface ExecutorOptions {
   readonly log: Logger;
 }
 
+/** An item that ends every executor that takes it must not end them all. */
+const MAX_DELIVERIES = 10;
 /** Ids that were cancelled before this executor saw them; bounded. */
 const MAX_REMEMBERED_CANCELS = 10_000;
 
@@ -86,23 +89,58 @@ export class Executor {
       known.lease = lease;
       return;
     }
+    if (lease.deliveryCount > 1) void this.#resume(lease);
+    else this.#begin(lease, []);
+  }
+
+  /** Takes up what another executor began. */
+  async #resume(lease: WorkLease): Promise<void> {
+    const { tokens, log } = this.#options;
+    const { id } = lease.item;
+    try {
+      const stored = await tokens.stored(id);
+      log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.length }, 'taking a request up');
+      const last = stored.at(-1);
+      if (last !== undefined && last.finish_reason !== null) lease.complete();
+      else if (this.requests.get(id) === undefined) this.#begin(lease, stored);
+    } catch (cause) {
+      log.warn(
+        { err: asLaminaError(cause), id },
+        'the stored part of an answer cannot be read; handing the request back',
+      );
+      lease.release();
+    }
+  }
+
+  #begin(lease: WorkLease, stored: readonly TokenMessage[]): void {
+    const { requests } = this;
+    const { item } = lease;
     const { tokenizer, log } = this.#options;
     const answer = new Answer({ tokenizer, eosTokenIds: this.#eosTokenIds, item });
-    const request = new GenerationRequest(item, lease, answer, this.#numArrivals++);
+    const writer = new AnswerWriter(this.#options.tokens, item.encoding);
+    const request = new GenerationRequest(item, lease, answer, writer, this.#numArrivals++);
+    for (const { token } of stored) {
+      if (token === null) continue;
+      request.tokens.push(token);
+      answer.push({ token, logprob: Number.NaN, topLogprobs: [] });
+    }
     requests.add(request);
     this.#renewal ??= setInterval(() => this.#renewLeases(), ACK_WAIT_MS / 3);
     log.debug({ id: item.id, promptTokens: item.tokenIds.length, maxTokens: item.maxTokens }, 'admitted');
     const deadlineMs = item.deadlineAtMs === null ? null : Math.max(0, item.deadlineAtMs - Date.now());
     request.actor = createActor(this.#machineFor(request), { input: { requestId: item.id, deadlineMs } });
     request.actor.start();
-    const problem = this.#problemWith(item);
+    const problem = this.#problemWith(item, lease.deliveryCount);
     if (problem !== undefined) requests.send(request, { type: 'FAIL', error: problem });
     else if (this.#cancelledIds.delete(item.id)) requests.send(request, { type: 'CANCEL' });
     else this.tables.admitQueued();
   }
 
   /** What the gateway should have refused; checked again, since one bad token id would fail every request of its wave. */
-  #problemWith({ model, tokenIds, maxTokens }: WorkItem): LaminaError | undefined {
+  #problemWith({ model, tokenIds, maxTokens }: WorkItem, deliveryCount: number): LaminaError | undefined {
+    if (deliveryCount > MAX_DELIVERIES) {
+      return new LaminaError('internal', `given up after ${MAX_DELIVERIES} executors did not finish it`);
+    }
     const { modelId, vocabSize, contextLength } = this.#options.description;
     if (model !== modelId) return new LaminaError('unknown_model', `this executor serves "${modelId}", not "${model}"`);
     if (tokenIds.length + maxTokens > contextLength) {
@@ -123,6 +161,7 @@ export class Executor {
         enter: (_, { phase }) => {
           request.phase = phase;
           if (phase === 'prefill') scheduler.add(request);
+          if (phase === 'handedOver') this.#drop(request);
         },
         releaseKv: () => this.tables.release(request),
         emitCancelled: () => this.#endWithoutToken(request, 'cancelled', null),
@@ -133,26 +172,30 @@ export class Executor {
 
   #onToken(request: GenerationRequest, sampled: SampledToken): void {
     const message = request.answer.push(sampled);
-    const stored = this.#options.tokens.publish([message], request.item.encoding);
+    request.writer.push(message);
     const finishReason = message.finish_reason;
     if (finishReason === null) {
       this.requests.send(request, { type: 'TOKEN_SAMPLED' });
       return;
     }
     this.requests.send(request, { type: 'FINISHED' });
-    void this.#forget(request, finishReason, stored);
+    void this.#forget(request, finishReason);
   }
 
   #endWithoutToken(request: GenerationRequest, reason: 'cancelled' | 'error', error: LaminaError | null): void {
     if (error !== null) this.#options.log.info({ err: error, id: request.id }, 'request failed');
     const body = error === null ? undefined : { code: error.code, message: error.message };
-    const message = request.answer.end(reason, body);
-    void this.#forget(request, reason, this.#options.tokens.publish([message], request.item.encoding));
+    request.writer.push(request.answer.end(reason, body));
+    void this.#forget(request, reason);
   }
 
-  async #forget(request: GenerationRequest, finishReason: string, stored: Promise<boolean>): Promise<void> {
+  async #forget(request: GenerationRequest, finishReason: string): Promise<void> {
     this.#options.metrics.requests.inc({ finish_reason: finishReason });
-    if (await stored) request.lease.complete();
+    if (await request.writer.stored()) request.lease.complete();
+    this.#remove(request);
+  }
+
+  #remove(request: GenerationRequest): void {
     this.requests.remove(request);
     if (this.requests.size === 0) {
       clearInterval(this.#renewal);
@@ -176,6 +219,12 @@ export class Executor {
     this.#cancelledIds.add(requestId);
   }
 
+  /** Forgets a request that another executor has now; its lease is not ours to complete. */
+  #drop(request: GenerationRequest): void {
+    this.#options.log.warn({ id: request.id }, 'another executor took the request over');
+    this.#remove(request);
+  }
+
   #renewLeases(): void {
     for (const request of this.requests.all()) request.lease.renew();
   }
@@ -184,7 +233,8 @@ export class Executor {
   releaseLeases(): void {
     clearInterval(this.#renewal);
     for (const { lease, phase } of this.requests.all()) {
-      if (phase !== 'finished' && phase !== 'cancelled' && phase !== 'failed') lease.release();
+      if (phase !== 'finished' && phase !== 'cancelled' && phase !== 'failed' && phase !== 'handedOver')
+        lease.release();
     }
   }
 }

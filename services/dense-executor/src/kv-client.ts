@@ -4,21 +4,24 @@
  * Invariants
  * 1. The kv-manager is asked at admission and ahead of block boundaries, never inside a layer.
  * 2. While no heartbeat has been answered for the kv-manager's time-out, `holdsLease` is false: the blocks may have been
- *    given to others, so no step is started that would write to them.
+ *    given to others, so no layer is dispatched that would write to them.
  * 3. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
  */
 import type { Bus } from '@lamina/bus';
 import { type BlockRef, ENDPOINTS, EVENTS } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
-import { type AttentionSpec, asLaminaError, type KvLayout } from '@lamina/tensor';
+import { type AttentionSpec, asLaminaError, type KvLayout, sameKvLayout } from '@lamina/tensor';
+import type { KvLease } from './kv-lease.ts';
 
 export interface KvEvents {
   /** Every block table is void: the kv-manager is a new one, or stores KV otherwise. */
   onTablesVoid(layout: KvLayout): void;
-  /** The tables of these requests are void: a shard of theirs was lost, or another executor took them over. */
+  /** The tables of these requests are void: a shard of theirs was lost. */
   onRequestsVoid(requestIds: readonly string[]): void;
+  /** Another executor has these requests now. */
+  onRequestsTakenOver(requestIds: readonly string[]): void;
   onShardLost(shardId: string): void;
-  onCapacityFreed(): void;
+  onCapacityFreed(numFreeBlocks: number): void;
   /** The kv-manager answers after a silence in which no step was to be started. */
   onLeaseRenewed(): void;
 }
@@ -29,6 +32,7 @@ export interface KvClientOptions {
   readonly modelId: string;
   readonly spec: AttentionSpec;
   readonly requestTimeoutMs: number;
+  readonly lease: KvLease;
   readonly log: Logger;
   /** The kv-manager refuses this executor for good. */
   readonly fail: (cause: unknown) => void;
@@ -46,19 +50,22 @@ export class KvClient {
   #timer: NodeJS.Timeout | undefined;
   #isStopped = false;
   #isManagerSilent = false;
-  #leaseEndsAtMs = 0;
+  /** Frees that were not confirmed; asked again with the next heartbeat. */
+  readonly #unconfirmedFrees = new Set<string>();
+  /** Requests that were allocated for and not freed since. */
+  readonly #held = new Set<string>();
   #intervalMs = RETRY_INTERVAL_MS;
 
   constructor(options: KvClientOptions, events: KvEvents) {
     this.#options = options;
     this.#events = events;
     options.bus.onEvent(EVENTS.shardLost, ({ shardId }) => events.onShardLost(shardId));
-    options.bus.onEvent(EVENTS.capacityFreed, () => events.onCapacityFreed());
+    options.bus.onEvent(EVENTS.capacityFreed, ({ freeBlocks }) => events.onCapacityFreed(freeBlocks));
   }
 
   /** True while the kv-manager certainly keeps this executor's tables. */
   get holdsLease(): boolean {
-    return performance.now() < this.#leaseEndsAtMs;
+    return this.#options.lease.isHeld;
   }
 
   /** Registers, waiting for a kv-manager as long as it takes. */
@@ -71,10 +78,10 @@ export class KvClient {
   }
 
   async #heartbeat(): Promise<void> {
-    const { bus, executorId, modelId, spec, log, fail } = this.#options;
+    const { bus, executorId, modelId, spec, lease, log, fail } = this.#options;
     const timeoutMs = Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#intervalMs);
     let intervalMs = RETRY_INTERVAL_MS;
-    const sentAtMs = performance.now();
+    const markMs = lease.mark();
     try {
       const reply = await bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec }, { timeoutMs });
       intervalMs = reply.heartbeatIntervalMs;
@@ -83,14 +90,18 @@ export class KvClient {
       if (wasSilent) log.info('the kv-manager answers again');
       this.#isManagerSilent = false;
       const isChanged =
-        this.#managerEpoch !== undefined &&
-        (!reply.known || this.#managerEpoch !== reply.managerEpoch || !sameLayout(this.#layout, reply.layout));
+        this.#layout !== undefined &&
+        (!reply.known || this.#managerEpoch !== reply.managerEpoch || !sameKvLayout(this.#layout, reply.layout));
       this.#managerEpoch = reply.managerEpoch;
       this.#layout = reply.layout;
       const hadLease = this.holdsLease;
-      this.#leaseEndsAtMs = sentAtMs + reply.heartbeatTimeoutMs;
+      lease.renew(markMs, reply.heartbeatTimeoutMs);
       if (isChanged) this.#events.onTablesVoid(reply.layout);
-      else if (reply.voidRequestIds.length > 0) this.#events.onRequestsVoid(reply.voidRequestIds);
+      else {
+        if (reply.voidRequestIds.length > 0) this.#events.onRequestsVoid(reply.voidRequestIds);
+        if (reply.takenOverRequestIds.length > 0) this.#events.onRequestsTakenOver(reply.takenOverRequestIds);
+      }
+      for (const requestId of [...this.#unconfirmedFrees]) void this.free(requestId);
       if (!hadLease || wasSilent) this.#events.onLeaseRenewed();
     } catch (cause) {
       const error = asLaminaError(cause);
@@ -102,35 +113,58 @@ export class KvClient {
     if (!this.#isStopped) this.#timer = setTimeout(() => void this.#heartbeat(), intervalMs);
   }
 
-  /** @throws LaminaError `kv_capacity_exceeded`, `overloaded`, `unavailable` */
-  async allocate(requestId: string, numTokens: number, maxTokens: number): Promise<BlockRef[]> {
+  /** @throws LaminaError `kv_capacity_exceeded`, `overloaded`, `unavailable`, `duplicate_id` when another executor has it. */
+  async allocate(requestId: string, numTokens: number, maxTokens: number, deliveryCount: number): Promise<BlockRef[]> {
     const { bus, executorId, requestTimeoutMs } = this.#options;
-    const reply = await bus.request(
-      ENDPOINTS.allocate,
-      { requestId, executorId, numTokens, maxTokens },
-      { timeoutMs: requestTimeoutMs },
-    );
-    return reply.blocks;
+    // Allocating gives a former table up, so a free that is still open would hit the new one.
+    this.#unconfirmedFrees.delete(requestId);
+    this.#held.add(requestId);
+    try {
+      const body = { requestId, executorId, numTokens, maxTokens, deliveryCount };
+      return (await bus.request(ENDPOINTS.allocate, body, { timeoutMs: requestTimeoutMs })).blocks;
+    } catch (cause) {
+      this.#held.delete(requestId);
+      throw cause;
+    }
   }
 
-  /** @throws LaminaError `overloaded`, `unavailable`, `invalid_request` when the table is gone. */
-  async extend(requestId: string, numTokens: number): Promise<BlockRef[]> {
+  /**
+   * Blocks after the first `numBlocks`, so that the table has room for `numTokens`. Asking twice is safe.
+   * @throws LaminaError `overloaded`, `unavailable`, `duplicate_id`; `invalid_request` when the table is gone.
+   */
+  async extend(requestId: string, numBlocks: number, numTokens: number): Promise<BlockRef[]> {
     const { bus, executorId, requestTimeoutMs } = this.#options;
     const reply = await bus.request(
       ENDPOINTS.extend,
-      { requestId, executorId, numTokens },
+      { requestId, executorId, numBlocks, numTokens },
       { timeoutMs: requestTimeoutMs },
     );
     return reply.blocks;
   }
 
-  /** Frees a table. A call that is lost is made good by the kv-manager when the executor goes. */
+  /**
+   * Gives back the first `numFreedBlocks` blocks that the table ever had, those of earlier calls included: a call that is
+   * lost is made good by the next one.
+   */
+  async trim(requestId: string, numFreedBlocks: number): Promise<void> {
+    const { bus, executorId, requestTimeoutMs, log } = this.#options;
+    try {
+      await bus.request(ENDPOINTS.trim, { requestId, executorId, numFreedBlocks }, { timeoutMs: requestTimeoutMs });
+    } catch (cause) {
+      log.warn({ err: asLaminaError(cause), requestId }, 'the kv-manager did not confirm a trim');
+    }
+  }
+
+  /** Frees a table. A call that is not confirmed is repeated with the next heartbeat. */
   async free(requestId: string): Promise<void> {
     const { bus, executorId, requestTimeoutMs, log } = this.#options;
+    this.#unconfirmedFrees.delete(requestId);
+    this.#held.delete(requestId);
     try {
       await bus.request(ENDPOINTS.free, { requestId, executorId }, { timeoutMs: requestTimeoutMs });
     } catch (cause) {
       log.warn({ err: asLaminaError(cause), requestId }, 'the kv-manager did not confirm a free');
+      if (!this.#held.has(requestId)) this.#unconfirmedFrees.add(requestId);
     }
   }
 
@@ -145,8 +179,4 @@ export class KvClient {
       log.debug({ err: asLaminaError(cause) }, 'could not say goodbye');
     }
   }
-}
-
-function sameLayout(a: KvLayout | undefined, b: KvLayout): boolean {
-  return a !== undefined && JSON.stringify(a) === JSON.stringify(b);
 }

@@ -5,10 +5,15 @@
  * 1. Blocks are given back only when no step in flight can still write to them.
  * 2. Queued requests are admitted one at a time, the most urgent first, and none while a running one waits for blocks.
  * 3. A running request that gets no more blocks makes the youngest give its own up, so the oldest can always finish.
- * 4. An answer of the kv-manager that comes after the KV was given up changes nothing and leaks nothing.
+ * 4. Where every layer has a window, blocks that no later token can see are given back before more are asked for, so a
+ *    request holds at most its window, one step and the two blocks at the ends.
+ * 5. After one was preempted, queued requests are let in again only when a running one has ended or there is room for all
+ *    that they can grow to: else they would take the room that they gave up, and compute the same prompt again and again.
+ * 6. Whoever was refused asks again now and then: an event that is lost delays it, and no more.
+ * 7. An answer of the kv-manager that comes after the KV was given up changes nothing and leaks nothing.
  */
 import type { Logger } from '@lamina/runtime';
-import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
+import { asLaminaError, type KvLayout, LaminaError, maxWindowTokens } from '@lamina/tensor';
 import type { KvClient, KvEvents } from './kv-client.ts';
 import type { ExecutorMetrics } from './metrics.ts';
 import type { GenerationRequest } from './request/request.ts';
@@ -26,23 +31,39 @@ export interface KvTablesOptions {
   readonly onShardLost: (shardId: string) => void;
 }
 
-const RETRY_EXTEND_MS = 250;
+/** What is asked of the kv-manager here. */
+export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'holdsLease'>;
+
+const RETRY_MS = 1_000;
 
 const kvLost = (): LaminaError =>
   new LaminaError('shard_lost', 'attention shards that held KV of this request went away');
 
 export class KvTables implements KvEvents {
   readonly #options: KvTablesOptions;
-  #kv: KvClient | undefined;
+  #kv: KvCalls | undefined;
+  /** Queued requests wait until fewer running ones than this hold KV. */
+  #admitBelow = Number.POSITIVE_INFINITY;
+  /** Free blocks of the cluster, when it last said so. */
+  #numFreeBlocks = 0;
+  /** Counts capacityFreed events: one that came while a request was asking must not be missed. */
+  #numCapacityEvents = 0;
+  #retry: NodeJS.Timeout | undefined;
 
   constructor(options: KvTablesOptions) {
     this.#options = options;
   }
 
   /** Call once, when the kv-manager has given the layout. */
-  connect(kv: KvClient, layout: KvLayout): void {
+  connect(kv: KvCalls, layout: KvLayout): void {
     this.#kv = kv;
-    this.#options.scheduler.blockSizeTokens = layout.blockSizeTokens;
+    this.#adopt(layout);
+  }
+
+  #adopt(layout: KvLayout): void {
+    const { scheduler } = this.#options;
+    scheduler.blockSizeTokens = layout.blockSizeTokens;
+    scheduler.windowTokens = maxWindowTokens(layout);
   }
 
   /** False while blocks may have been given to others: no step may start. */
@@ -54,18 +75,34 @@ export class KvTables implements KvEvents {
     return this.#options.scheduler.blockSizeTokens;
   }
 
+  /** Most tokens that a request needs room for at a time. */
+  #maxHeldTokens(request: GenerationRequest): number {
+    const { windowTokens, maxStepTokens, blockSizeTokens } = this.#options.scheduler;
+    return Math.min(request.maxKvTokens, windowTokens + maxStepTokens + 2 * blockSizeTokens);
+  }
+
   /** The effect of the machine's `allocating` state. */
   async allocate(request: GenerationRequest): Promise<void> {
     const kv = this.#kv;
     if (kv === undefined) throw new LaminaError('unavailable', 'this executor is not registered with a kv-manager yet');
     const { kvGeneration } = request;
-    const numTokens = Math.min(request.tokens.length + this.#blockSizeTokens, request.maxKvTokens);
-    const blockTable = await kv.allocate(request.id, numTokens, request.maxKvTokens);
+    const maxHeldTokens = this.#maxHeldTokens(request);
+    const numTokens = Math.min(request.tokens.length + this.#blockSizeTokens, maxHeldTokens);
+    const numEvents = this.#numCapacityEvents;
+    const { deliveryCount } = request.lease;
+    const asked = kv.allocate(request.id, numTokens, maxHeldTokens, deliveryCount);
+    const blockTable = await asked.catch((cause: unknown) => {
+      // It may have been done although no answer came.
+      if (asLaminaError(cause).code === 'unavailable') void kv.free(request.id);
+      if (asLaminaError(cause).retryable) this.#retryLater(numEvents);
+      throw cause;
+    });
     if (request.kvGeneration !== kvGeneration) {
       void kv.free(request.id);
       return;
     }
     request.blockTable = blockTable;
+    request.numTrimmedBlocks = 0;
     request.numComputed = 0;
     // The actor enters prefill when this promise is settled.
     setImmediate(() => {
@@ -77,12 +114,18 @@ export class KvTables implements KvEvents {
   /** Lets the most urgent queued request try for KV. */
   admitQueued(): void {
     let first: GenerationRequest | undefined;
+    let numHolding = 0;
     for (const request of this.#options.requests.all()) {
       if (request.isStarved || request.phase === 'allocating') return;
+      if (request.holdsKv) numHolding++;
       if (request.phase !== 'queued' || request.isReleasePending) continue;
       if (first === undefined || request.item.priority > first.item.priority) first = request;
     }
-    if (first !== undefined) this.#options.requests.send(first, { type: 'ADMIT' });
+    if (first === undefined) return;
+    const fits = this.#numFreeBlocks * this.#blockSizeTokens >= this.#maxHeldTokens(first);
+    if (numHolding > 0 && numHolding >= this.#admitBelow && !fits) return;
+    this.#admitBelow = Number.POSITIVE_INFINITY;
+    this.#options.requests.send(first, { type: 'ADMIT' });
   }
 
   /** The effect of leaving a state that holds KV; may be called when there is none. */
@@ -91,7 +134,7 @@ export class KvTables implements KvEvents {
     request.isStarved = false;
     request.isExtending = false;
     this.#options.scheduler.remove(request);
-    if (request.blockTable.length === 0) return;
+    if (request.numTableBlocks === 0) return;
     request.isReleasePending = true;
     if (!request.isInStep) this.#releaseNow(request);
   }
@@ -99,6 +142,7 @@ export class KvTables implements KvEvents {
   #releaseNow(request: GenerationRequest): void {
     request.isReleasePending = false;
     request.blockTable = [];
+    request.numTrimmedBlocks = 0;
     request.numComputed = 0;
     void this.#kv?.free(request.id);
   }
@@ -111,47 +155,71 @@ export class KvTables implements KvEvents {
     this.#options.requests.send(request, { type: 'KV_LOST', error: kvLost() });
   }
 
-  /** Asks for the next block before the last one is full. */
+  /**
+   * Gives back the blocks behind every window. Right also while a step is in flight: that one begins at numComputed, so
+   * its plan does not name them.
+   */
+  #trimBehind(request: GenerationRequest): void {
+    const numUnseenTokens = request.numComputed - this.#options.scheduler.windowTokens + 1;
+    const numFreedBlocks = Math.min(Math.floor(numUnseenTokens / this.#blockSizeTokens), request.numTableBlocks);
+    if (numFreedBlocks <= request.numTrimmedBlocks || request.isKvLost || request.isReleasePending) return;
+    request.blockTable.splice(0, numFreedBlocks - request.numTrimmedBlocks);
+    request.numTrimmedBlocks = numFreedBlocks;
+    void this.#kv?.trim(request.id, numFreedBlocks);
+  }
+
+  /** Asks for the room of the next step, and for the next block before the last one is full. */
   extendAhead(request: GenerationRequest): void {
-    const room = request.blockTable.length * this.#blockSizeTokens;
-    const needed = Math.min(request.numComputed + this.#blockSizeTokens, request.maxKvTokens);
+    this.#trimBehind(request);
+    const { blockSizeTokens, maxStepTokens } = this.#options.scheduler;
+    const { numComputed, maxKvTokens } = request;
+    const room = request.numTableBlocks * blockSizeTokens;
+    const numNextTokens = Math.min(request.tokens.length - numComputed, maxStepTokens);
+    const needed = Math.min(numComputed + Math.max(numNextTokens, blockSizeTokens), maxKvTokens);
     if (request.isExtending || request.isStarved || room >= needed) return;
     request.isExtending = true;
-    const numTokens = Math.min(Math.max(room, request.tokens.length) + this.#blockSizeTokens, request.maxKvTokens);
-    void this.#extend(request, numTokens);
+    const numWanted = Math.max(room, request.tokens.length) + blockSizeTokens;
+    const numAtMost = request.numTrimmedBlocks * blockSizeTokens + this.#maxHeldTokens(request);
+    void this.#extend(request, Math.min(numWanted, numAtMost, maxKvTokens));
   }
 
   async #extend(request: GenerationRequest, numTokens: number): Promise<void> {
     const { kvGeneration } = request;
+    const numEvents = this.#numCapacityEvents;
     try {
-      const blocks = (await this.#kv?.extend(request.id, numTokens)) ?? [];
+      const blocks = (await this.#kv?.extend(request.id, request.numTableBlocks, numTokens)) ?? [];
       if (request.kvGeneration !== kvGeneration) return;
       request.isExtending = false;
       request.blockTable.push(...blocks);
-      this.#options.onRunnable();
+      if (blocks.length > 0) this.#options.onRunnable();
     } catch (cause) {
       if (request.kvGeneration !== kvGeneration) return;
       request.isExtending = false;
-      this.#onExtendRefused(request, asLaminaError(cause));
+      this.#onExtendRefused(request, asLaminaError(cause), numEvents);
     }
   }
 
-  #onExtendRefused(request: GenerationRequest, error: LaminaError): void {
+  #onExtendRefused(request: GenerationRequest, error: LaminaError, numEvents: number): void {
     if (error.code === 'overloaded') {
       request.isStarved = true;
+      this.#retryLater(numEvents);
       this.#preemptYoungest(request);
     } else if (error.code === 'unavailable') {
       this.#options.log.warn({ err: error, id: request.id }, 'no answer about more blocks; trying again');
-      setTimeout(() => this.#options.onRunnable(), RETRY_EXTEND_MS);
-    } else this.lose(request);
+      this.#retryLater(numEvents);
+    } else if (error.code === 'duplicate_id') this.#options.requests.send(request, { type: 'TAKEN_OVER' });
+    else this.lose(request);
   }
 
   #preemptYoungest(starved: GenerationRequest): void {
     let youngest = starved;
+    let numHolding = 0;
     for (const request of this.#options.requests.all()) {
+      if (request.holdsKv) numHolding++;
       const isRunning = request.phase === 'prefill' || request.phase === 'decode';
       if (isRunning && request.arrival > youngest.arrival) youngest = request;
     }
+    this.#admitBelow = numHolding - 1;
     this.#options.metrics.preemptions.inc();
     this.#options.requests.send(youngest, { type: 'PREEMPT' });
   }
@@ -164,13 +232,27 @@ export class KvTables implements KvEvents {
     if (!request.isInStep) this.afterStep(request);
   }
 
-  onCapacityFreed(): void {
+  /** Asks again soon; at once if capacity became free since `numEvents` was read, before the refusal arrived. */
+  #retryLater(numEvents: number): void {
+    if (numEvents !== this.#numCapacityEvents) setImmediate(() => this.#resume());
+    this.#retry ??= setTimeout(() => {
+      this.#retry = undefined;
+      this.#resume();
+    }, RETRY_MS).unref();
+  }
+
+  onCapacityFreed(numFreeBlocks: number): void {
+    this.#numFreeBlocks = numFreeBlocks;
+    this.#numCapacityEvents++;
+    this.#resume();
+  }
+
+  #feedStarved(): void {
     for (const request of this.#options.requests.all()) {
       if (!request.isStarved) continue;
       request.isStarved = false;
       this.extendAhead(request);
     }
-    this.#resume();
   }
 
   onShardLost(shardId: string): void {
@@ -182,15 +264,25 @@ export class KvTables implements KvEvents {
   onRequestsVoid(requestIds: readonly string[]): void {
     for (const requestId of requestIds) {
       const request = this.#options.requests.get(requestId);
-      if (request !== undefined && request.blockTable.length > 0) this.lose(request);
-      else void this.#kv?.free(requestId);
+      // Without a table here, a free or an allocate that gives the void one up is on its way.
+      if (request === undefined) void this.#kv?.free(requestId);
+      else if (request.numTableBlocks > 0) this.lose(request);
+    }
+    this.#resume();
+  }
+
+  onRequestsTakenOver(requestIds: readonly string[]): void {
+    for (const requestId of requestIds) {
+      const request = this.#options.requests.get(requestId);
+      if (request === undefined) void this.#kv?.free(requestId);
+      else if (request.numTableBlocks > 0) this.#options.requests.send(request, { type: 'TAKEN_OVER' });
     }
     this.#resume();
   }
 
   onTablesVoid(layout: KvLayout): void {
-    this.#options.scheduler.blockSizeTokens = layout.blockSizeTokens;
-    for (const request of [...this.#options.requests.all()]) if (request.blockTable.length > 0) this.lose(request);
+    this.#adopt(layout);
+    for (const request of [...this.#options.requests.all()]) if (request.numTableBlocks > 0) this.lose(request);
     this.#resume();
   }
 
@@ -199,6 +291,7 @@ export class KvTables implements KvEvents {
   }
 
   #resume(): void {
+    this.#feedStarved();
     this.admitQueued();
     this.#options.onRunnable();
   }

@@ -2,12 +2,13 @@
  * Owns the start and stop of a dense-executor: model, workers, registration, the loop that leases work.
  */
 import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
-import { buildModel, loadTokenizer, readModel } from '@lamina/model';
+import { buildModel, loadTokenizer, logPull, readModel, resolveModel } from '@lamina/model';
 import { SUBJECTS } from '@lamina/protocol';
-import type { RunningService, ServiceContext } from '@lamina/runtime';
+import { hubVariables, processEnvironment, type RunningService, type ServiceContext } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { Executor } from './executor.ts';
 import { KvClient } from './kv-client.ts';
+import { KvLease } from './kv-lease.ts';
 import { ExecutorMetrics } from './metrics.ts';
 import { Scheduler } from './scheduling/scheduler.ts';
 import { WorkerPool } from './worker-pool.ts';
@@ -19,13 +20,19 @@ const LEASE_WAIT_MS = 30_000;
 
 export async function startDenseExecutor(context: ServiceContext): Promise<RunningService> {
   const { bus, config, log, registry, instanceId } = context;
-  const description = await readModel(config.model);
+  const modelDir = await resolveModel(config.model, {
+    ...hubVariables(processEnvironment()),
+    cacheDir: config.cacheDir,
+    ...logPull(log),
+  });
+  const description = await readModel(modelDir, config.onnxVariant);
   const [tokenizer, built] = await Promise.all([
-    loadTokenizer(config.model),
-    buildModel(config.model, { cacheDir: config.cacheDir }),
+    loadTokenizer(modelDir),
+    buildModel(modelDir, { cacheDir: config.cacheDir, weights: config.weights, variant: config.onnxVariant }),
     ensureStreams(bus),
   ]);
   const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker);
+  scheduler.shortSequences = description.shortSequences;
   const metrics = new ExecutorMetrics(registry, {
     running: () => executor.requests.size,
     waves: () => executor.steps.numInFlight,
@@ -39,6 +46,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     metrics,
     log,
   });
+  const lease = new KvLease();
   const pool = await WorkerPool.start(
     {
       numWorkers: config.denseWorkers,
@@ -48,6 +56,8 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
         natsUrl: config.natsUrl,
         natsConnectTimeoutMs: config.natsConnectTimeoutMs,
         stagedGraphPath: built.stagedGraphPath,
+        dataDir: built.dataDir,
+        lease: lease.shared,
         intraOpThreads: config.intraOpThreads,
         gatherTimeoutMs: config.gatherTimeoutMs,
         dims: { ...description.attention, hiddenSize: description.hiddenSize, vocabSize: description.vocabSize },
@@ -66,6 +76,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       executorId: instanceId,
       modelId: description.modelId,
       spec: description.attention,
+      lease,
       requestTimeoutMs: config.requestTimeoutMs,
       log,
       fail: context.fail,

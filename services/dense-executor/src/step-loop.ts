@@ -4,9 +4,11 @@
  * Invariants
  * 1. The result of a step counts only for requests whose KV is still the one that the step began with.
  * 2. Everything is driven by events: a wave without work costs nothing.
+ * 3. A shard that does not listen has died or connects again. Its requests are held and tried again with their KV, until it
+ *    does or the kv-manager says that it is lost; asking for other blocks before that could give the same shard's.
  */
 import type { Logger } from '@lamina/runtime';
-import { LaminaError } from '@lamina/tensor';
+import { ERROR_CODES, LaminaError } from '@lamina/tensor';
 import type { KvTables } from './kv-tables.ts';
 import type { ExecutorMetrics } from './metrics.ts';
 import type { GenerationRequest } from './request/request.ts';
@@ -27,11 +29,14 @@ export interface StepLoopOptions {
   readonly onToken: (request: GenerationRequest, sampled: SampledToken) => void;
 }
 
+const HOLD_MS = 200;
+
 export class StepLoop {
   readonly #options: StepLoopOptions;
   readonly #steps: (readonly StepEntry[] | undefined)[];
   #pool: WorkerPool | undefined;
   #numSteps = 0;
+  #hold: NodeJS.Timeout | undefined;
 
   constructor(options: StepLoopOptions) {
     this.#options = options;
@@ -57,7 +62,7 @@ export class StepLoop {
       const entries = scheduler.formStep(wave);
       if (entries.length > 0) {
         const stepId = this.#numSteps++ >>> 0;
-        const { step, transfer } = buildStep(entries, scheduler.blockSizeTokens, pool.waveOnWorker(wave), stepId);
+        const { step, transfer } = buildStep(entries, scheduler, pool.waveOnWorker(wave), stepId);
         this.#steps[wave] = entries;
         for (const { request } of entries) request.isInStep = true;
         pool.run(wave, step, transfer);
@@ -87,7 +92,7 @@ export class StepLoop {
   }
 
   #onSampled(request: GenerationRequest, result: StepDone, row: number): void {
-    const { requests, metrics, onToken } = this.#options;
+    const { requests, scheduler, metrics, onToken } = this.#options;
     requests.send(request, { type: 'LOGITS_READY' });
     const token = result.tokens[row]!;
     if (token < 0) {
@@ -98,6 +103,9 @@ export class StepLoop {
     request.tokens.push(token);
     metrics.generatedTokens.inc();
     onToken(request, { token, logprob: result.logprobs[row]!, topLogprobs: result.topLogprobs?.[row] ?? [] });
+    // Longer than short: the rotary table is another one, so what is cached is computed anew with it.
+    const wasShort = request.tokens.length - 1 === scheduler.shortSequences?.numTokens;
+    if (wasShort && request.phase === 'decode') requests.send(request, { type: 'PREEMPT' });
   }
 
   onStepFailed(wave: number, result: StepFailed): void {
@@ -108,10 +116,23 @@ export class StepLoop {
     log.warn({ code, reason: message, shardIds, numRequests: entries.length }, 'a step failed');
     for (const { request, kvGeneration } of entries) {
       if (kvGeneration !== request.kvGeneration) continue;
+      // A retryable failure that is no shard's leaves the KV as it was: the same tokens run again.
+      if (shardIds.length === 0 && ERROR_CODES[code].retryable) continue;
       if (shardIds.length === 0) requests.send(request, { type: 'FAIL', error: new LaminaError(code, message) });
-      else if (shardIds.some((shardId) => request.hasBlocksOn(shardId))) tables.lose(request);
+      else if (!shardIds.some((shardId) => request.hasBlocksOn(shardId))) continue;
+      else if (code === 'unavailable') this.#holdBack(request);
+      else tables.lose(request);
     }
     this.#settle(entries);
+  }
+
+  #holdBack(held: GenerationRequest): void {
+    held.isHeld = true;
+    this.#hold ??= setTimeout(() => {
+      this.#hold = undefined;
+      for (const request of this.#options.requests.all()) request.isHeld = false;
+      this.pump();
+    }, HOLD_MS).unref();
   }
 
   #endStep(wave: number): readonly StepEntry[] {

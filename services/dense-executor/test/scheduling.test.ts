@@ -1,60 +1,10 @@
 /** Continuous batching and step plans: budgets, fairness, and that every token and block is in its place. */
-
-import { fileURLToPath } from 'node:url';
-import type { WorkLease } from '@lamina/bus';
-import { loadTokenizer, type Tokenizer } from '@lamina/model';
 import { BLOCK_FIELDS, decodeStepPlan, FRAME_HEADER_BYTES, SEGMENT_FIELDS } from '@lamina/protocol';
 import fc from 'fast-check';
-import { beforeAll, describe, expect, it } from 'vitest';
-import { Answer } from '../src/request/answer.ts';
-import { GenerationRequest } from '../src/request/request.ts';
+import { describe, expect, it } from 'vitest';
 import { Scheduler } from '../src/scheduling/scheduler.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
-
-let tokenizer: Tokenizer;
-beforeAll(async () => {
-  tokenizer = await loadTokenizer(fileURLToPath(new URL('../../../models/lamina-tiny', import.meta.url)));
-});
-
-const BLOCK = 16;
-let arrivals = 0;
-
-function request(options: {
-  numPromptTokens: number;
-  numComputed?: number;
-  phase?: 'prefill' | 'decode';
-  shards?: string[];
-  priority?: number;
-  numBlocks?: number;
-}): GenerationRequest {
-  const id = `r${arrivals}`;
-  const tokenIds = Array.from({ length: options.numPromptTokens }, (_, i) => i % 1000);
-  const item = {
-    id,
-    model: 'm',
-    tokenIds,
-    maxTokens: 50,
-    sampling: { temperature: 0.5, topP: 0.9, topK: 4, minP: 0.1, seed: 77 },
-    stop: [],
-    logprobs: 3,
-    ignoreEos: false,
-    priority: options.priority ?? 0,
-    deadlineAtMs: null,
-    encoding: 'json' as const,
-    submittedAtMs: 0,
-  };
-  const lease: WorkLease = { item, deliveryCount: 1, renew: () => {}, complete: () => {}, release: () => {} };
-  const made = new GenerationRequest(item, lease, new Answer({ tokenizer, eosTokenIds: new Set(), item }), arrivals++);
-  const shards = options.shards ?? ['a'];
-  const numBlocks = options.numBlocks ?? Math.ceil((options.numPromptTokens + 1) / BLOCK);
-  made.blockTable = Array.from({ length: numBlocks }, (_, i) => ({
-    shardId: shards[i % shards.length]!,
-    block: arrivals * 1000 + i,
-  }));
-  made.numComputed = options.numComputed ?? 0;
-  made.phase = options.phase ?? 'prefill';
-  return made;
-}
+import { BLOCK, request } from './requests.ts';
 
 function scheduler(numWaves: number, limits = { maxBatchedTokens: 64, prefillChunkTokens: 32 }): Scheduler {
   const made = new Scheduler(limits, numWaves);
@@ -138,10 +88,12 @@ describe('buildStep', () => {
             computed: fc.nat(119),
             chunk: fc.integer({ min: 1, max: 40 }),
             numShards: fc.integer({ min: 1, max: 4 }),
+            isTrimmed: fc.boolean(),
           }),
           { minLength: 1, maxLength: 6 },
         ),
-        (specs) => {
+        fc.oneof(fc.constant(Number.POSITIVE_INFINITY), fc.integer({ min: 1, max: 70 })),
+        (specs, windowTokens) => {
           const entries = specs.map((spec) => {
             const start = Math.min(spec.computed, spec.numTokens - 1);
             const made = request({
@@ -149,9 +101,13 @@ describe('buildStep', () => {
               numComputed: start,
               shards: ['a', 'b', 'c', 'd'].slice(0, spec.numShards),
             });
+            if (spec.isTrimmed && start >= windowTokens) {
+              made.numTrimmedBlocks = Math.floor((start - windowTokens + 1) / BLOCK);
+              made.blockTable.splice(0, made.numTrimmedBlocks);
+            }
             return { request: made, start, numTokens: Math.min(spec.chunk, spec.numTokens - start), kvGeneration: 0 };
           });
-          const { step } = buildStep(entries, BLOCK, 1, 42);
+          const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens }, 1, 42);
           const seenBlocks = new Map<string, number>();
           const storedRows = new Set<number>();
           for (const part of step.shards) {
@@ -173,6 +129,7 @@ describe('buildStep', () => {
                 expect(seenBlocks.has(`${part.shardId}.${block}`)).toBe(false);
                 seenBlocks.set(`${part.shardId}.${block}`, count!);
                 expect(position! % BLOCK).toBe(0);
+                expect(position! + BLOCK).toBeGreaterThan(firstPosition! - windowTokens + 1);
               }
             }
             expect(nextRow).toBe(plan.numQueryRows);
@@ -185,7 +142,10 @@ describe('buildStep', () => {
           }
           expect(storedRows.size).toBe(step.tokenIds.length);
           const numKeys = [...seenBlocks.values()].reduce((sum, count) => sum + count, 0);
-          expect(numKeys).toBe(entries.reduce((sum, entry) => sum + entry.start + entry.numTokens, 0));
+          const oldestOf = (start: number) => Math.floor(Math.max(0, start - windowTokens + 1) / BLOCK) * BLOCK;
+          expect(numKeys).toBe(
+            entries.reduce((sum, { start, numTokens }) => sum + start + numTokens - oldestOf(start), 0),
+          );
           const ended = entries.filter((entry) => entry.start + entry.numTokens === entry.request.tokens.length);
           expect(step.sampledRows).toHaveLength(ended.length);
           expect([...step.sampling.subarray(0, 7)]).toEqual(ended.length > 0 ? [0.5, 0.9, 4, 0.1, 77, 0, 3] : []);

@@ -68,7 +68,7 @@ export interface AdmissionFacts {
   readonly nowMs: number;
   /** Used where the request has no seed. */
   readonly randomSeed: number;
-  /** Tokens that the KV cache of the whole cluster holds. */
+  /** Tokens of one request for which the KV cache of the whole cluster has room; Infinity where windows bound it. */
   readonly kvCapacityTokens: number;
 }
 
@@ -80,6 +80,11 @@ export function admit(
   facts: AdmissionFacts,
 ): WorkItem {
   if (tokenIds.length === 0) throw new LaminaError('invalid_request', 'the prompt has no tokens');
+  // A tokenizer may declare special tokens (for images, say) that the model has no embedding for.
+  const unknown = tokenIds.find((token) => token >= model.vocabSize);
+  if (unknown !== undefined) {
+    throw new LaminaError('invalid_request', `the prompt has token ${unknown}, which "${model.modelId}" cannot read`);
+  }
   return {
     id: facts.id,
     model: model.modelId,

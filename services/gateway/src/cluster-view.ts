@@ -6,7 +6,7 @@
  * 2. The kv-manager is asked at most once per STATUS_MAX_AGE_MS on behalf of prompts, and never when there are none.
  */
 import { ENDPOINTS, type KvStatus } from '@lamina/protocol';
-import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { asLaminaError, LaminaError, maxWindowTokens } from '@lamina/tensor';
 
 export type ClusterState =
   | {
@@ -14,7 +14,7 @@ export type ClusterState =
       readonly executors: number;
       readonly shards: number;
       readonly freeBlocks: number;
-      /** Tokens that all blocks of all shards hold. */
+      /** Tokens of one request for which all blocks of all shards have room; Infinity where it trims what it leaves behind. */
       readonly kvCapacityTokens: number;
     }
   | { readonly status: 'unavailable'; readonly reason: string };
@@ -40,7 +40,10 @@ function stateOf(status: KvStatus, modelId: string): ClusterState {
     executors,
     shards: ready.length,
     freeBlocks: numBlocks - usedBlocks,
-    kvCapacityTokens: numBlocks * status.layout.blockSizeTokens,
+    // Where every layer has a window, a request gives back what it leaves behind: its length needs no room of its own.
+    kvCapacityTokens: Number.isFinite(maxWindowTokens(status.layout))
+      ? Number.POSITIVE_INFINITY
+      : numBlocks * status.layout.blockSizeTokens,
   };
 }
 

@@ -6,7 +6,8 @@
  * 2. The sink gets every token exactly once and in order, and exactly one last message, whatever is lost or redelivered.
  * 3. After a gap the stream is the only source: it is replayed from its start, and what was relayed already is dropped.
  * 4. The executor's last message is authoritative. The gateway writes one only for a request without tokens whose work
- *    item it has removed from the queue; both then have the same Nats-Msg-Id, so the stream keeps one.
+ *    item it has removed from the queue, or that its executor does not end although it was asked several times; both
+ *    have the same Nats-Msg-Id, so the stream keeps one.
  * 5. Once closed, it holds no subscription and no timer.
  */
 import type { BusMessage, Subscription } from '@lamina/bus';
@@ -48,6 +49,8 @@ export interface RelayEvents {
 /** How long an executor has to answer a cancel or a deadline before the gateway does. */
 export const EXECUTOR_ANSWER_MS = 300;
 const CANCEL_RETRY_MS = 1_000;
+/** An executor that has not ended a request after so many tries is taken for dead. */
+const MAX_CANCEL_ATTEMPTS = 3;
 const REPLAY_RETRY_MS = 500;
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
@@ -144,11 +147,17 @@ export class Relay {
     }
     let fresh: TokenMessage[];
     let received: number;
+    let original: TokenMessage | undefined;
     try {
       const messages = decodeTokens(data);
       received = messages.length;
+      original = messages[0];
       fresh = messages.filter((message) => message.index >= this.#nextIndex);
       checkMessages(messages, this.id);
+      const end = messages.at(-1);
+      // An end is one also if its writer knew of fewer tokens than were relayed.
+      if (fresh.length === 0 && end !== undefined && end.finish_reason !== null)
+        fresh = [{ ...end, index: this.#nextIndex, token: null, text: '' }];
     } catch (cause) {
       this.#links.publishCancel(this.id);
       this.fail(new LaminaError('protocol_violation', 'the answer is malformed; see the log', { cause }));
@@ -158,9 +167,11 @@ export class Relay {
     if (first === undefined) return;
     if (first.index > this.#nextIndex) {
       if (!this.#isReplaying) void this.repair();
+      else if (fresh.at(-1)?.finish_reason !== null)
+        this.fail(new LaminaError('unavailable', 'a part of the answer was not stored; ask again'));
       return;
     }
-    this.#deliver(fresh, fresh.length === received ? data : undefined);
+    this.#deliver(fresh, fresh.length === received && first === original ? data : undefined);
   }
 
   /** Sends messages that start at the expected index; closes with the last one. */
@@ -176,24 +187,29 @@ export class Relay {
     if (isFinal) this.#events.onClosed(this, last.error?.code ?? last.finish_reason ?? 'stop');
   }
 
-  async #giveUp(reason: 'cancelled' | 'deadline_exceeded'): Promise<void> {
-    const isQueued = this.#nextIndex === 0 && (await this.#links.queue.remove(this.#sequence).catch(() => false));
+  /**
+   * Ends a request that no executor has, or that its executor does not end: after a cancel, or past its deadline.
+   * @param attempt Counts the times that the executors were asked in vain.
+   */
+  async #giveUp(reason: 'cancelled' | 'deadline_exceeded', attempt = 0): Promise<void> {
+    const isUnheard = attempt >= MAX_CANCEL_ATTEMPTS;
+    const isRemoved =
+      (this.#nextIndex === 0 || isUnheard) && (await this.#links.queue.remove(this.#sequence).catch(() => false));
     if (this.isClosed) return;
-    if (isQueued && this.#nextIndex === 0) {
+    if (isUnheard || (isRemoved && this.#nextIndex === 0)) {
       const last =
         reason === 'cancelled'
           ? this.#lastMessage('cancelled')
-          : this.#lastMessage('error', { code: reason, message: 'deadline_ms passed before an executor was free' });
+          : this.#lastMessage('error', { code: reason, message: 'deadline_ms passed before the answer was complete' });
       // It comes back through the stream like any other message, unless the stream fails.
       await this.#links.tokens.publish([last], this.#encoding);
       this.#deliver([last]);
       this.#links.publishCancel(this.id);
       return;
     }
-    if (reason === 'deadline_exceeded') return;
     this.#links.publishCancel(this.id);
     if (!this.#isReplaying) await this.repair();
-    this.#after(CANCEL_RETRY_MS, () => this.#giveUp(reason));
+    this.#after(CANCEL_RETRY_MS, () => this.#giveUp(reason, attempt + 1));
   }
 
   #lastMessage(finishReason: 'cancelled' | 'error', error?: ErrorBody): TokenMessage {

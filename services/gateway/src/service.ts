@@ -5,9 +5,15 @@
  * 1. Prompts are taken last and given up first: nothing is accepted that could not be relayed.
  */
 import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
-import { loadTokenizer, readModel, type Tokenizer } from '@lamina/model';
+import { loadTokenizer, logPull, readModel, resolveModel, type Tokenizer } from '@lamina/model';
 import { GATEWAY_QUEUE, SUBJECTS } from '@lamina/protocol';
-import { collectMetrics, type RunningService, type ServiceContext } from '@lamina/runtime';
+import {
+  collectMetrics,
+  hubVariables,
+  processEnvironment,
+  type RunningService,
+  type ServiceContext,
+} from '@lamina/runtime';
 import type { ServedModel } from './admission.ts';
 import { createChat } from './chat.ts';
 import { ClusterView } from './cluster-view.ts';
@@ -30,9 +36,15 @@ function maxTokenBytesOf(tokenizer: Tokenizer): number {
 }
 
 export async function startGateway({ config, bus, log, registry }: ServiceContext): Promise<RunningService> {
+  const modelDir = await resolveModel(config.model, {
+    ...hubVariables(processEnvironment()),
+    cacheDir: config.cacheDir,
+    textOnly: true,
+    ...logPull(log),
+  });
   const [description, tokenizer] = await Promise.all([
-    readModel(config.model),
-    loadTokenizer(config.model),
+    readModel(modelDir, config.onnxVariant),
+    loadTokenizer(modelDir),
     ensureStreams(bus),
   ]);
   const { modelId } = description;

@@ -44,6 +44,12 @@ describe('the prompt', () => {
     );
   });
 
+  test('has no special tokens that the tokenizer declares and the model cannot read', () => {
+    expect(() => admit(bodyOf({ prompt: 'x' }), [1, 100], model, facts)).toThrow(
+      expect.objectContaining({ code: 'invalid_request', message: expect.stringContaining('token 100') }),
+    );
+  });
+
   test('is refused before it is tokenized when it cannot fit', () => {
     expect(() => promptOf(bodyOf({ prompt: 'a'.repeat(32 * 64 + 1) }), model, chat)).toThrow(
       expect.objectContaining({ code: 'context_length_exceeded' }),

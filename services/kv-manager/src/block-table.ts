@@ -4,7 +4,8 @@
  * Invariants
  * 1. A block is free or in exactly one table: taking and giving back are checked, O(1), and allocate nothing.
  * 2. used + free = numBlocks, at every moment.
- * 3. A table's order is the order of its tokens: entry i holds tokens i * blockSizeTokens and following.
+ * 3. A table's order is the order of its tokens: entry i holds tokens i * blockSizeTokens and following. Entries at the
+ *    start may have been given back; the rest keep their numbers.
  */
 import type { BlockRef } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
@@ -67,17 +68,32 @@ export type VoidReason = { readonly kind: 'shard_lost'; readonly shardId: string
 export class BlockTable {
   readonly requestId: string;
   readonly executorId: string;
+  /** How often the queue had offered the request to whoever owns this table. */
+  readonly deliveryCount: number;
   voidReason: VoidReason | undefined;
+  #numFreed = 0;
   readonly #pools: BlockPool[] = [];
   readonly #blocks: number[] = [];
   readonly #numBlocksByPool = new Map<BlockPool, number>();
 
-  constructor(requestId: string, executorId: string) {
+  constructor(requestId: string, executorId: string, deliveryCount: number) {
     this.requestId = requestId;
     this.executorId = executorId;
+    this.deliveryCount = deliveryCount;
   }
 
+  /** Entries, those that were given back included. */
   get numBlocks(): number {
+    return this.#numFreed + this.#blocks.length;
+  }
+
+  /** Entries at the start that were given back. */
+  get numFreed(): number {
+    return this.#numFreed;
+  }
+
+  /** Blocks that the table has now. */
+  get numHeld(): number {
     return this.#blocks.length;
   }
 
@@ -97,12 +113,26 @@ export class BlockTable {
     this.#numBlocksByPool.set(pool, this.numBlocksOn(pool) + 1);
   }
 
-  /** Entries from `start` on. */
+  /** Entries from number `start` on, which are held. */
   refs(start = 0): BlockRef[] {
     const refs: BlockRef[] = [];
-    for (let i = start; i < this.#blocks.length; i++)
+    for (let i = start - this.#numFreed; i < this.#blocks.length; i++)
       refs.push({ shardId: this.#pools[i]!.shardId, block: this.#blocks[i]! });
     return refs;
+  }
+
+  /** Gives entries below number `end` back. */
+  trim(end: number): void {
+    const count = end - this.#numFreed;
+    if (count <= 0) return;
+    for (let i = 0; i < count; i++) {
+      const pool = this.#pools[i]!;
+      pool.giveBack(this.#blocks[i]!);
+      this.#numBlocksByPool.set(pool, this.numBlocksOn(pool) - 1);
+    }
+    this.#blocks.splice(0, count);
+    this.#pools.splice(0, count);
+    this.#numFreed = end;
   }
 
   /** Gives every block back; blocks of a pool whose shard is gone go with it. */

@@ -3,7 +3,8 @@
  *
  * Invariants
  * 1. A refused operation changes nothing, save that an executor that asks for a table gives up its own former one.
- * 2. A block goes to another request only when its owner has given it up (free, or allocate of the same id) or is dead.
+ * 2. A block goes to another request only when its owner has given it up (free, trim, or allocate of the same id) or is
+ *    dead.
  *    A table that lost a shard, or whose request another executor took over, is void: it keeps its blocks until then,
  *    because a step of its owner may still be on its way and would write into what has a new owner.
  * 3. A shard enters with no memory and is given the layout; one that comes with memory but is not registered may still
@@ -18,11 +19,11 @@ import type {
   ShardHeartbeat,
   ShardHeartbeatReply,
 } from '@lamina/protocol';
-import { type AttentionSpec, type KvDtype, type KvLayout, LaminaError } from '@lamina/tensor';
+import { type AttentionSpec, type KvDtype, type KvLayout, LaminaError, sameAttentionSpec } from '@lamina/tensor';
 import { BlockPool, BlockTable } from './block-table.ts';
 import { Capacity } from './capacity.ts';
 import { Membership } from './membership.ts';
-import { describeSpec, sameSpec } from './spec.ts';
+import { describeSpec } from './spec.ts';
 
 export interface KvManagerOptions {
   /** Random per process. */
@@ -102,14 +103,18 @@ export class KvManager {
     const { executorId, modelId, spec } = beat;
     const former = this.#executors.get(executorId);
     if (former === undefined) this.#adoptModel(modelId, spec);
-    else if (former.modelId !== modelId || !sameSpec(former.spec, spec))
+    else if (former.modelId !== modelId || !sameAttentionSpec(former.spec, spec))
       throw otherModel(modelId, spec, former.modelId, former.spec);
     const { tables } = this.#executors.hear(executorId, this.#options.nowMs(), () => {
       this.#options.events.onNote('executor registered', { executorId, modelId });
       return { modelId, spec, tables: new Map() };
     });
     const voidRequestIds: string[] = [];
-    for (const table of tables.values()) if (table.voidReason !== undefined) voidRequestIds.push(table.requestId);
+    const takenOverRequestIds: string[] = [];
+    for (const { requestId, voidReason } of tables.values()) {
+      if (voidReason?.kind === 'shard_lost') voidRequestIds.push(requestId);
+      else if (voidReason !== undefined) takenOverRequestIds.push(requestId);
+    }
     const { managerEpoch, heartbeatIntervalMs, heartbeatTimeoutMs } = this.#options;
     return {
       managerEpoch,
@@ -118,6 +123,7 @@ export class KvManager {
       heartbeatTimeoutMs,
       known: former !== undefined,
       voidRequestIds,
+      takenOverRequestIds,
     };
   }
 
@@ -152,29 +158,31 @@ export class KvManager {
   }
 
   /** A new table for a request: all of its blocks, or a LaminaError and none. */
-  allocate(request: TableRequest & { readonly maxTokens: number }): BlockRef[] {
-    const { requestId, executorId, numTokens, maxTokens } = request;
+  allocate(request: TableRequest & { readonly maxTokens: number; readonly deliveryCount: number }): BlockRef[] {
+    const { requestId, executorId, numTokens, maxTokens, deliveryCount } = request;
     const executor = this.#executors.get(executorId);
     if (executor === undefined)
       throw new LaminaError('unavailable', `executor ${executorId} is not registered; it must send a heartbeat first`);
     this.#release(executor, requestId);
+    const other = this.#liveTables.get(requestId);
+    if (other !== undefined && other.deliveryCount > deliveryCount)
+      throw new LaminaError('duplicate_id', `request ${requestId} was taken over by another executor`);
     if (numTokens > maxTokens)
       throw new LaminaError('invalid_request', `numTokens ${numTokens} is more than maxTokens ${maxTokens}`);
     this.#capacity.checkTotal(maxTokens);
     const numBlocks = this.#capacity.blocksFor(numTokens);
     this.#capacity.checkFree(numBlocks);
-    const takenOver = this.#liveTables.get(requestId);
-    if (takenOver !== undefined) this.#makeVoid(takenOver, { kind: 'taken_over' });
-    const table = new BlockTable(requestId, executorId);
+    if (other !== undefined) this.#makeVoid(other, { kind: 'taken_over' });
+    const table = new BlockTable(requestId, executorId, deliveryCount);
     this.#capacity.place(table, numBlocks);
     executor.tables.set(requestId, table);
     this.#liveTables.set(requestId, table);
     return table.refs();
   }
 
-  /** Blocks at the end of a table, so that it has room for `numTokens`; only the added ones are returned. */
-  extend(request: TableRequest): BlockRef[] {
-    const { requestId, executorId, numTokens } = request;
+  /** Blocks at the end of a table, so that it has room for `numTokens`; those after the caller's `numBlocks` are returned. */
+  extend(request: TableRequest & { readonly numBlocks: number }): BlockRef[] {
+    const { requestId, executorId, numTokens, numBlocks } = request;
     const table = this.#executors.get(executorId)?.tables.get(requestId);
     if (table === undefined)
       throw new LaminaError('invalid_request', `executor ${executorId} has no block table of request ${requestId}`);
@@ -182,13 +190,31 @@ export class KvManager {
       throw new LaminaError('shard_lost', `request ${requestId} had KV on ${table.voidReason.shardId}, which is lost`);
     if (table.voidReason !== undefined)
       throw new LaminaError('duplicate_id', `request ${requestId} was taken over by another executor`);
-    const numFormer = table.numBlocks;
-    const numAdded = this.#capacity.blocksFor(numTokens) - numFormer;
-    if (numAdded <= 0) return [];
-    this.#capacity.checkTotal(numTokens);
+    if (numBlocks > table.numBlocks || numBlocks < table.numFreed)
+      throw new LaminaError(
+        'invalid_request',
+        `request ${requestId} has blocks ${table.numFreed} to ${table.numBlocks}, not ${numBlocks}`,
+      );
+    const numAdded = this.#capacity.blocksFor(numTokens) - table.numBlocks;
+    if (numAdded <= 0) return table.refs(numBlocks);
+    this.#capacity.checkTotal(numTokens - table.numFreed * this.#options.blockSizeTokens);
     this.#capacity.checkFree(numAdded);
     this.#capacity.place(table, numAdded);
-    return table.refs(numFormer);
+    return table.refs(numBlocks);
+  }
+
+  /** Frees the first blocks of the caller's table, `numFreedBlocks` with those of earlier calls; no error without a table. */
+  trim(request: { readonly requestId: string; readonly executorId: string; readonly numFreedBlocks: number }): void {
+    const { requestId, executorId, numFreedBlocks } = request;
+    const table = this.#executors.get(executorId)?.tables.get(requestId);
+    if (table === undefined || numFreedBlocks <= table.numFreed) return;
+    if (numFreedBlocks > table.numBlocks)
+      throw new LaminaError(
+        'invalid_request',
+        `request ${requestId} has ${table.numBlocks} blocks, ${numFreedBlocks} cannot be freed`,
+      );
+    table.trim(numFreedBlocks);
+    this.#capacity.announce();
   }
 
   /** Frees the caller's table of this id, live or void. Nobody else's, and no error when there is none. */
@@ -239,7 +265,7 @@ export class KvManager {
     const { blockSizeTokens, kvDtype, events } = this.#options;
     const layout = this.#layout;
     if (layout !== null && this.#modelId !== null) {
-      const isSame = sameSpec(layout, spec);
+      const isSame = sameAttentionSpec(layout, spec);
       if (this.#executors.size > 0 && (!isSame || this.#modelId !== modelId))
         throw otherModel(modelId, spec, this.#modelId, layout);
       if (!isSame) {

@@ -25,9 +25,9 @@ export function placeBlocks(
   pools: readonly BlockPool[],
   spreadAboveBlocks: number,
 ): void {
-  const end = table.numBlocks + numBlocks;
-  while (table.numBlocks < end) {
-    const numHomeBlocks = Math.min(end, spreadAboveBlocks) - table.numBlocks;
+  const end = table.numHeld + numBlocks;
+  while (table.numHeld < end) {
+    const numHomeBlocks = Math.min(end, spreadAboveBlocks) - table.numHeld;
     const pool = numHomeBlocks > 0 ? homePool(table, numHomeBlocks, pools) : spreadPool(table, pools);
     const numAppended = numHomeBlocks > 0 ? Math.min(numHomeBlocks, pool.freeBlocks) : 1;
     for (let i = 0; i < numAppended; i++) table.append(pool);

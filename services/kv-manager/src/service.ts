@@ -104,6 +104,10 @@ export async function startKvManager(context: KvManagerContext): Promise<Running
   });
   serve(ENDPOINTS.allocate, (body) => ({ managerEpoch, blocks: manager.allocate(body) }));
   serve(ENDPOINTS.extend, (body) => ({ managerEpoch, blocks: manager.extend(body) }));
+  serve(ENDPOINTS.trim, (body) => {
+    manager.trim(body);
+    return {};
+  });
   serve(ENDPOINTS.free, ({ requestId, executorId }) => {
     manager.free(requestId, executorId);
     return {};

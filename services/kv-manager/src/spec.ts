@@ -1,18 +1,16 @@
 /**
- * Owns comparing and naming attention specs.
+ * Owns naming attention specs, for people.
  */
 import type { AttentionSpec } from '@lamina/tensor';
 
-export function sameSpec(a: AttentionSpec, b: AttentionSpec): boolean {
-  return (
-    a.numLayers === b.numLayers &&
-    a.numHeads === b.numHeads &&
-    a.numKvHeads === b.numKvHeads &&
-    a.headDim === b.headDim &&
-    a.scale === b.scale
-  );
-}
-
 export function describeSpec(spec: AttentionSpec): string {
-  return `${spec.numLayers} layers, ${spec.numHeads} heads, ${spec.numKvHeads} kv heads of ${spec.headDim}, scale ${Number(spec.scale.toPrecision(6))}`;
+  const { numLayers, numHeads, numKvHeads, headDim, scale, softcap, windowTokens, sinkLogits, alibiSlopes } = spec;
+  const parts = [
+    `${numLayers} layers, ${numHeads} heads, ${numKvHeads} kv heads of ${headDim}, scale ${Number(scale.toPrecision(6))}`,
+  ];
+  if (softcap !== undefined) parts.push(`soft-cap ${softcap}`);
+  if (windowTokens !== undefined) parts.push(`windows ${[...new Set(windowTokens)].join('/')}`);
+  if (sinkLogits !== undefined) parts.push('sinks');
+  if (alibiSlopes !== undefined) parts.push('ALiBi');
+  return parts.join(', ');
 }

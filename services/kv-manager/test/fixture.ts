@@ -18,6 +18,8 @@ export class Fixture {
   readonly lostShards: string[] = [];
   readonly freed: number[] = [];
   readonly manager: KvManager;
+  /** Blocks that the owner of a table knows of, by executor and request. */
+  readonly #numKnown = new Map<string, number>();
 
   constructor(options: Partial<KvManagerOptions> = {}) {
     this.manager = new KvManager({
@@ -52,17 +54,35 @@ export class Fixture {
     this.shard(shardId, numBlocks);
   }
 
-  allocate(requestId: string, numBlocks: number, maxBlocks = numBlocks, executorId = 'e1'): BlockRef[] {
-    return this.manager.allocate({
+  allocate(
+    requestId: string,
+    numBlocks: number,
+    maxBlocks = numBlocks,
+    executorId = 'e1',
+    deliveryCount = 1,
+  ): BlockRef[] {
+    const refs = this.manager.allocate({
       requestId,
       executorId,
       numTokens: numBlocks * BLOCK,
       maxTokens: maxBlocks * BLOCK,
+      deliveryCount,
     });
+    this.#numKnown.set(`${executorId}/${requestId}`, refs.length);
+    return refs;
   }
 
-  extend(requestId: string, numBlocks: number, executorId = 'e1'): BlockRef[] {
-    return this.manager.extend({ requestId, executorId, numTokens: numBlocks * BLOCK });
+  /** `isAnswerLost`: it is done, and the owner of the table does not hear of it. */
+  extend(requestId: string, numBlocks: number, executorId = 'e1', isAnswerLost = false): BlockRef[] {
+    const key = `${executorId}/${requestId}`;
+    const numKnown = this.#numKnown.get(key) ?? 0;
+    const refs = this.manager.extend({ requestId, executorId, numBlocks: numKnown, numTokens: numBlocks * BLOCK });
+    if (!isAnswerLost) this.#numKnown.set(key, numKnown + refs.length);
+    return refs;
+  }
+
+  trim(requestId: string, numFreedBlocks: number, executorId = 'e1'): void {
+    this.manager.trim({ requestId, executorId, numFreedBlocks });
   }
 
   /** Used blocks by shard. */

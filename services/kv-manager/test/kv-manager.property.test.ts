@@ -18,8 +18,21 @@ const EXECUTORS = ['e0', 'e1'];
 const SHARD_SLOTS = 3;
 
 type Operation =
-  | { readonly kind: 'allocate'; readonly request: number; readonly executor: number; readonly blocks: number }
-  | { readonly kind: 'extend'; readonly request: number; readonly executor: number; readonly blocks: number }
+  | {
+      readonly kind: 'allocate';
+      readonly request: number;
+      readonly executor: number;
+      readonly blocks: number;
+      readonly deliveryCount: number;
+    }
+  | {
+      readonly kind: 'extend';
+      readonly request: number;
+      readonly executor: number;
+      readonly blocks: number;
+      readonly isAnswerLost: boolean;
+    }
+  | { readonly kind: 'trim'; readonly request: number; readonly executor: number; readonly blocks: number }
   | { readonly kind: 'free'; readonly request: number; readonly executor: number }
   | { readonly kind: 'join' | 'leave' | 'shardBeat'; readonly shard: number; readonly blocks: number }
   | { readonly kind: 'executorBeat'; readonly executor: number }
@@ -30,8 +43,27 @@ const executor = fc.nat(1);
 const shard = fc.nat(SHARD_SLOTS - 1);
 const blocks = fc.integer({ min: 1, max: 9 });
 const operation: fc.Arbitrary<Operation> = fc.oneof(
-  { weight: 5, arbitrary: fc.record({ kind: fc.constant('allocate' as const), request, executor, blocks }) },
-  { weight: 5, arbitrary: fc.record({ kind: fc.constant('extend' as const), request, executor, blocks }) },
+  {
+    weight: 5,
+    arbitrary: fc.record({
+      kind: fc.constant('allocate' as const),
+      request,
+      executor,
+      blocks,
+      deliveryCount: fc.integer({ min: 1, max: 3 }),
+    }),
+  },
+  {
+    weight: 5,
+    arbitrary: fc.record({
+      kind: fc.constant('extend' as const),
+      request,
+      executor,
+      blocks,
+      isAnswerLost: fc.boolean(),
+    }),
+  },
+  { weight: 4, arbitrary: fc.record({ kind: fc.constant('trim' as const), request, executor, blocks }) },
   { weight: 3, arbitrary: fc.record({ kind: fc.constant('free' as const), request, executor }) },
   {
     weight: 5,
@@ -41,18 +73,30 @@ const operation: fc.Arbitrary<Operation> = fc.oneof(
   { weight: 1, arbitrary: fc.record({ kind: fc.constant('wait' as const), ms: fc.constantFrom(500, 2000, 4000) }) },
 );
 
+/** A table that its owner has not given up: the blocks that it has, after those that it gave back. */
+interface OwnTable {
+  readonly executor: number;
+  readonly request: number;
+  readonly deliveryCount: number;
+  state: 'live' | 'shardLost' | 'takenOver';
+  numFreed: number;
+  readonly refs: BlockRef[];
+  /** Blocks that the owner was told of, those that it gave back included. */
+  numKnown: number;
+}
+
 /** Runs operations on a kv-manager and on the callers' view of it, and compares after each. */
 class Run {
   readonly fixture = new Fixture({ spreadAboveTokens: 2 * BLOCK });
-  /** By executor and request: what its owner was given, live or void. */
-  readonly #tables = new Map<string, BlockRef[]>();
+  /** By executor and request: live or void. */
+  readonly #tables = new Map<string, OwnTable>();
   /** Size by shard id. A shard that left never comes again under the same id. */
   readonly #sizes = new Map<string, number>();
   readonly #ids = Array.from({ length: SHARD_SLOTS }, (_, i) => `s${i}-0`);
   #numIds = 0;
 
   apply(operation: Operation): void {
-    const before = operation.kind === 'extend' ? this.#snapshot() : '';
+    const before = operation.kind === 'extend' || operation.kind === 'trim' ? this.#snapshot() : '';
     try {
       this.#apply(operation);
     } catch (error) {
@@ -60,6 +104,7 @@ class Run {
         throw error;
       if (operation.kind === 'allocate') {
         // Invariant 1: the one thing that a refused allocate changes is the caller's own former table.
+        if (error.code === 'duplicate_id') this.#checkTakenOver(operation);
         if (error.code !== 'unavailable' || this.#isRegistered(operation.executor))
           this.#tables.delete(key(operation.executor, operation.request));
       } else if (this.#snapshot() !== before) throw new Error(`a refused ${operation.kind} changed something`);
@@ -71,17 +116,42 @@ class Run {
     const { fixture } = this;
     switch (operation.kind) {
       case 'allocate': {
-        const id = key(operation.executor, operation.request);
-        const refs = fixture.allocate(name(operation.request), operation.blocks, 12, EXECUTORS[operation.executor]);
-        equal(refs.length, operation.blocks);
-        this.#tables.set(id, refs);
+        const { request, executor, blocks, deliveryCount } = operation;
+        const refs = fixture.allocate(name(request), blocks, 12, EXECUTORS[executor], deliveryCount);
+        equal(refs.length, blocks);
+        const other = this.#tables.get(key(1 - executor, request));
+        if (other?.state === 'live') {
+          if (other.deliveryCount > deliveryCount) throw new Error('taken over by who was offered it earlier');
+          other.state = 'takenOver';
+        }
+        const counts = { deliveryCount, numFreed: 0, numKnown: blocks };
+        this.#tables.set(key(executor, request), { executor, request, state: 'live', refs, ...counts });
         return;
       }
       case 'extend': {
         const table = this.#tables.get(key(operation.executor, operation.request));
-        const refs = fixture.extend(name(operation.request), operation.blocks, EXECUTORS[operation.executor]);
-        equal(refs.length, Math.max(0, operation.blocks - table!.length));
-        table!.push(...refs);
+        const { request, executor, blocks, isAnswerLost } = operation;
+        const refs = fixture.extend(name(request), blocks, EXECUTORS[executor], isAnswerLost);
+        equal(table?.state, 'live');
+        const { numFreed, numKnown, refs: held } = table!;
+        const numBlocks = Math.max(numFreed + held.length, blocks);
+        equal(refs.length, numBlocks - numKnown);
+        // What the owner was not told of before comes again, the same blocks in the same places.
+        const unheard = held.slice(numKnown - numFreed);
+        for (const [i, { shardId, block }] of unheard.entries())
+          equal(`${refs[i]!.shardId}/${refs[i]!.block}`, `${shardId}/${block}`);
+        held.push(...refs.slice(unheard.length));
+        if (!isAnswerLost) table!.numKnown = numBlocks;
+        return;
+      }
+      case 'trim': {
+        const table = this.#tables.get(key(operation.executor, operation.request));
+        // Nobody gives back what it was not told of.
+        const end = table === undefined ? operation.blocks : Math.min(operation.blocks, table.numKnown);
+        fixture.trim(name(operation.request), end, EXECUTORS[operation.executor]);
+        if (table === undefined || end <= table.numFreed) return;
+        table.refs.splice(0, end - table.numFreed);
+        table.numFreed = end;
         return;
       }
       case 'free':
@@ -106,7 +176,7 @@ class Run {
         return;
       }
       case 'executorBeat':
-        fixture.executor(EXECUTORS[operation.executor]!);
+        this.#beat(operation.executor);
         return;
       case 'wait':
         fixture.nowMs += operation.ms;
@@ -116,6 +186,24 @@ class Run {
     }
   }
 
+  /** A heartbeat tells an executor which of its tables are void, and why. */
+  #beat(executor: number): void {
+    const reply = this.fixture.executor(EXECUTORS[executor]!);
+    const inState = (state: OwnTable['state']): string =>
+      [...this.#tables.values()]
+        .filter((table) => table.executor === executor && table.state === state)
+        .map((table) => name(table.request))
+        .sort()
+        .join();
+    equal([...reply.voidRequestIds].sort().join(), inState('shardLost'));
+    equal([...reply.takenOverRequestIds].sort().join(), inState('takenOver'));
+  }
+
+  #checkTakenOver({ request, executor, deliveryCount }: Extract<Operation, { kind: 'allocate' }>): void {
+    const other = this.#tables.get(key(1 - executor, request));
+    if (other?.state !== 'live' || other.deliveryCount <= deliveryCount) throw new Error('nobody has taken it over');
+  }
+
   #isRegistered(executor: number): boolean {
     return this.fixture.manager.status().executors.some((entry) => entry.executorId === EXECUTORS[executor]);
   }
@@ -123,6 +211,8 @@ class Run {
   #renameLostShards(): void {
     for (const shardId of this.fixture.lostShards.splice(0)) {
       this.#sizes.delete(shardId);
+      for (const table of this.#tables.values())
+        if (table.state === 'live' && table.refs.some((ref) => ref.shardId === shardId)) table.state = 'shardLost';
       this.#ids[Number(shardId[1])] = `s${shardId[1]}-${++this.#numIds}`;
     }
   }
@@ -134,7 +224,7 @@ class Run {
   #check(): void {
     const { manager } = this.fixture;
     const owners = new Map<string, string>();
-    for (const [owner, refs] of this.#tables)
+    for (const [owner, { refs }] of this.#tables)
       for (const { shardId, block } of refs) {
         const size = this.#sizes.get(shardId);
         if (size === undefined) continue;
@@ -151,7 +241,9 @@ class Run {
     // As many as the tables name: none leaked, none given out twice.
     equal(used, owners.size);
     equal(manager.pools.length, this.#sizes.size);
-    if (manager.numRequests > this.#tables.size) throw new Error('a table that nobody has');
+    const live = [...this.#tables.values()].filter(({ state }) => state === 'live');
+    equal(manager.numRequests, live.length);
+    equal(new Set(live.map((table) => table.request)).size, live.length);
   }
 
   /** When everyone has let go, everything is free. */

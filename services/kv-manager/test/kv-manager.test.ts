@@ -112,8 +112,85 @@ test('extend: unknown request is invalid; covered tokens need nothing', () => {
   const fixture = cluster(3);
   expect(refusal(() => fixture.extend('a', 1)).code).toBe('invalid_request');
   fixture.allocate('a', 1, 3);
-  expect(fixture.manager.extend({ requestId: 'a', executorId: 'e1', numTokens: BLOCK })).toEqual([]);
-  expect(fixture.manager.extend({ requestId: 'a', executorId: 'e1', numTokens: BLOCK + 1 })).toHaveLength(1);
+  const asked = { requestId: 'a', executorId: 'e1', numBlocks: 1 };
+  expect(fixture.manager.extend({ ...asked, numTokens: BLOCK })).toEqual([]);
+  expect(fixture.manager.extend({ ...asked, numTokens: BLOCK + 1 })).toHaveLength(1);
+});
+
+test('extend asked again, because its answer was lost, gives the same blocks and takes no more', () => {
+  const fixture = cluster(6);
+  fixture.allocate('a', 1, 6);
+  const lost = fixture.extend('a', 3, 'e1', true);
+  expect(fixture.extend('a', 3)).toEqual(lost);
+  expect(fixture.used()).toEqual({ s1: 3 });
+  const lostToo = fixture.extend('a', 4, 'e1', true);
+  const more = fixture.extend('a', 5);
+  expect(more).toHaveLength(2);
+  expect(more[0]).toEqual(lostToo[0]);
+  expect(fixture.used()).toEqual({ s1: 5 });
+  // Also when the cache is full by now: nothing new is needed.
+  const last = fixture.extend('a', 6, 'e1', true);
+  expect(fixture.extend('a', 6)).toEqual(last);
+  const asked = { requestId: 'a', executorId: 'e1', numTokens: 6 * BLOCK };
+  expect(refusal(() => fixture.manager.extend({ ...asked, numBlocks: 7 })).code).toBe('invalid_request');
+  fixture.trim('a', 2);
+  expect(refusal(() => fixture.manager.extend({ ...asked, numBlocks: 1 })).code).toBe('invalid_request');
+});
+
+test('trim frees from the start, counted from the beginning; what is left keeps its place', () => {
+  const fixture = cluster(4);
+  fixture.executor('e2');
+  const blocks = fixture.allocate('a', 4);
+  expect(refusal(() => fixture.allocate('b', 1)).code).toBe('overloaded');
+  fixture.trim('a', 2);
+  expect(fixture.freed).toEqual([2]);
+  expect(fixture.used()).toEqual({ s1: 2 });
+  for (const numFreed of [0, 1, 2]) fixture.trim('a', numFreed);
+  fixture.trim('a', 3, 'e2');
+  fixture.trim('unknown', 3);
+  expect(fixture.used()).toEqual({ s1: 2 });
+  expect(refusal(() => fixture.trim('a', 5)).code).toBe('invalid_request');
+  // Room for six blocks of tokens in a cluster of four: two are trimmed.
+  const added = fixture.extend('a', 6);
+  expect(new Set(added.map(({ block }) => block))).toEqual(new Set(blocks.slice(0, 2).map(({ block }) => block)));
+  fixture.trim('a', 6);
+  expect(fixture.used()).toEqual({ s1: 0 });
+  expect(fixture.extend('a', 7)).toHaveLength(1);
+  fixture.manager.free('a', 'e1');
+  expect(fixture.used()).toEqual({ s1: 0 });
+});
+
+test('a request that trims stays where it is, however long it becomes, and only shards that it is on can void it', () => {
+  const fixture = cluster(8);
+  fixture.join('s2', 8);
+  const [first] = fixture.allocate('a', 4, 4);
+  for (let numTokenBlocks = 5; numTokenBlocks < 40; numTokenBlocks++) {
+    fixture.trim('a', numTokenBlocks - 4);
+    expect(fixture.extend('a', numTokenBlocks)).toMatchObject([{ shardId: first!.shardId }]);
+  }
+  fixture.manager.shardLeave(first!.shardId === 's1' ? 's2' : 's1');
+  expect(fixture.executor('e1').voidRequestIds).toEqual([]);
+  fixture.manager.shardLeave(first!.shardId);
+  expect(fixture.executor('e1').voidRequestIds).toEqual(['a']);
+});
+
+test('another model is named by all that tells it apart', () => {
+  const fixture = new Fixture();
+  const spec = { numLayers: 2, numHeads: 2, numKvHeads: 1, headDim: 8, scale: 1 };
+  const special = {
+    ...spec,
+    softcap: 30,
+    windowTokens: [4, 0],
+    sinkLogits: [
+      [1, 1],
+      [1, 1],
+    ],
+    alibiSlopes: [1, 1],
+  };
+  fixture.executor('e1', spec);
+  const { message } = refusal(() => fixture.executor('e2', special));
+  expect(message).toContain('scale 1)');
+  expect(message).toContain('scale 1, soft-cap 30, windows 4/0, sinks, ALiBi)');
 });
 
 test('allocating again replaces the own table', () => {
@@ -139,14 +216,33 @@ test('a request taken over leaves its former blocks out of use until the former 
   const fixture = cluster(4);
   fixture.executor('e2');
   const former = fixture.allocate('a', 2);
-  const taken = fixture.allocate('a', 2, 2, 'e2');
+  const taken = fixture.allocate('a', 2, 2, 'e2', 2);
   expect(taken.filter((ref) => former.some((other) => other.block === ref.block))).toEqual([]);
-  expect(fixture.executor('e1').voidRequestIds).toEqual(['a']);
+  expect(fixture.executor('e1')).toMatchObject({ voidRequestIds: [], takenOverRequestIds: ['a'] });
   expect(refusal(() => fixture.extend('a', 3)).code).toBe('duplicate_id');
   fixture.manager.free('a', 'e1');
   expect(fixture.used()).toEqual({ s1: 2 });
-  expect(fixture.executor('e1').voidRequestIds).toEqual([]);
+  expect(fixture.executor('e1').takenOverRequestIds).toEqual([]);
   expect(fixture.extend('a', 3, 'e2')).toHaveLength(1);
+});
+
+test('who was offered a request earlier never takes it back, full cache or not', () => {
+  const fixture = cluster(4);
+  fixture.executor('e2');
+  fixture.allocate('a', 1);
+  fixture.allocate('a', 3, 3, 'e2', 2);
+  // Its own former table goes, and no more: the owner keeps what it has.
+  expect(refusal(() => fixture.allocate('a', 2)).code).toBe('duplicate_id');
+  expect(fixture.used()).toEqual({ s1: 3 });
+  expect(fixture.executor('e2').takenOverRequestIds).toEqual([]);
+  expect(fixture.extend('a', 4, 'e2')).toHaveLength(1);
+  expect(refusal(() => fixture.allocate('a', 1)).code).toBe('duplicate_id');
+  // It was offered to the first again: now the second has to go.
+  expect(refusal(() => fixture.allocate('a', 1, 1, 'e1', 3)).code).toBe('overloaded');
+  expect(fixture.executor('e2').takenOverRequestIds).toEqual([]);
+  fixture.join('s2', 4);
+  expect(fixture.allocate('a', 1, 1, 'e1', 3)).toHaveLength(1);
+  expect(fixture.executor('e2').takenOverRequestIds).toEqual(['a']);
 });
 
 test.each(['leaves', 'is silent'])('a shard that %s voids every table that has blocks there', (how) => {

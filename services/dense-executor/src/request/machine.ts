@@ -33,6 +33,7 @@ export type RequestEvent =
   | { type: 'PREEMPT' }
   | { type: 'KV_LOST'; error: LaminaError }
   | { type: 'FAIL'; error: LaminaError }
+  | { type: 'TAKEN_OVER' }
   | { type: 'CANCEL' };
 
 /** What the scheduler needs to know of a request's state. */
@@ -44,7 +45,8 @@ export type RequestPhase =
   | 'decode'
   | 'finished'
   | 'cancelled'
-  | 'failed';
+  | 'failed'
+  | 'handedOver';
 
 export interface RequestInput {
   readonly requestId: string;
@@ -98,11 +100,13 @@ export const requestMachine = setup({
   },
   guards: {
     mayRecover: ({ context }) => context.recoveries < MAX_RECOVERIES,
-    hasDeadline: ({ context }) => context.deadlineMs !== null,
+    isTakenOver: ({ event }) =>
+      'error' in event && event.error instanceof LaminaError && event.error.code === 'duplicate_id',
+    hasDeadline: ({ context }) => context.deadlineMs !== null && context.deadlineMs <= NEVER_MS,
     isWorthWaiting: ({ event }) => 'error' in event && event.error instanceof LaminaError && event.error.retryable,
   },
   delays: {
-    deadline: ({ context }) => context.deadlineMs ?? NEVER_MS,
+    deadline: ({ context }) => Math.min(context.deadlineMs ?? NEVER_MS, NEVER_MS),
   },
 }).createMachine({
   id: 'request',
@@ -113,6 +117,7 @@ export const requestMachine = setup({
       initial: 'queued',
       on: {
         CANCEL: { target: 'cancelled' },
+        TAKEN_OVER: { target: 'handedOver' },
         FAIL: { target: 'failed', actions: 'keepError' },
       },
       after: { deadline: { guard: 'hasDeadline', target: 'failed', actions: 'keepDeadlineError' } },
@@ -130,6 +135,7 @@ export const requestMachine = setup({
             onDone: 'prefill',
             onError: [
               { guard: 'isWorthWaiting', target: 'queued' },
+              { guard: 'isTakenOver', target: '#request.handedOver' },
               { target: '#request.failed', actions: 'keepError' },
             ],
           },
@@ -157,6 +163,8 @@ export const requestMachine = setup({
         recovering: { entry: 'releaseKv', always: 'allocating' },
       },
     },
+    /** Another executor has the request now: it ends here without a word. */
+    handedOver: { type: 'final', entry: { type: 'enter', params: { phase: 'handedOver' } } },
     finished: { type: 'final', entry: { type: 'enter', params: { phase: 'finished' } } },
     cancelled: { type: 'final', entry: [{ type: 'enter', params: { phase: 'cancelled' } }, 'emitCancelled'] },
     failed: { type: 'final', entry: [{ type: 'enter', params: { phase: 'failed' } }, 'emitFailed'] },

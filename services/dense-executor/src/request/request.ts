@@ -6,7 +6,7 @@
  * 2. kvGeneration grows whenever KV is given up, so a step that began before is recognised as stale.
  * 3. Blocks are freed only when no step in flight can still write to them.
  */
-import type { WorkLease } from '@lamina/bus';
+import type { AnswerWriter, WorkLease } from '@lamina/bus';
 import type { BlockRef, WorkItem } from '@lamina/protocol';
 import type { ActorRefFrom } from 'xstate';
 import type { Answer } from './answer.ts';
@@ -15,6 +15,7 @@ import type { RequestPhase, requestMachine } from './machine.ts';
 export class GenerationRequest {
   readonly item: WorkItem;
   readonly answer: Answer;
+  readonly writer: AnswerWriter;
   /** Position in the order of arrival: older requests come first and are preempted last. */
   readonly arrival: number;
   /** Prompt and generated tokens. */
@@ -24,8 +25,10 @@ export class GenerationRequest {
   phase: RequestPhase = 'queued';
   /** Tokens whose KV is stored, from the first one on. */
   numComputed = 0;
-  /** Entry i holds tokens [i * blockSizeTokens, (i + 1) * blockSizeTokens). */
+  /** Entry i is block numTrimmedBlocks + i; block b holds tokens [b * blockSizeTokens, (b + 1) * blockSizeTokens). */
   blockTable: BlockRef[] = [];
+  /** Blocks at the start that were given back, because no later token sees them. */
+  numTrimmedBlocks = 0;
   kvGeneration = 0;
   /** Wave it belongs to, or -1. */
   waveIndex = -1;
@@ -33,15 +36,18 @@ export class GenerationRequest {
   isExtending = false;
   /** Wanted more blocks and was refused: it waits for capacity. */
   isStarved = false;
+  /** A shard of it did not listen: it is tried again in a moment. */
+  isHeld = false;
   /** Its KV is to be freed as soon as the step in flight ends. */
   isReleasePending = false;
   /** A shard with blocks of it went away while a step was in flight. */
   isKvLost = false;
 
-  constructor(item: WorkItem, lease: WorkLease, answer: Answer, arrival: number) {
+  constructor(item: WorkItem, lease: WorkLease, answer: Answer, writer: AnswerWriter, arrival: number) {
     this.item = item;
     this.lease = lease;
     this.answer = answer;
+    this.writer = writer;
     this.arrival = arrival;
     this.tokens = [...item.tokenIds];
   }
@@ -55,8 +61,18 @@ export class GenerationRequest {
     return this.item.tokenIds.length + this.item.maxTokens - 1;
   }
 
+  /** Blocks that it has or had since its KV was last given up: the room of its table. */
+  get numTableBlocks(): number {
+    return this.numTrimmedBlocks + this.blockTable.length;
+  }
+
+  /** Whether it has blocks and is to keep them. */
+  get holdsKv(): boolean {
+    return this.numTableBlocks > 0 && !this.isReleasePending;
+  }
+
   get isRunnable(): boolean {
-    return (this.phase === 'prefill' || this.phase === 'decode') && !this.isInStep;
+    return (this.phase === 'prefill' || this.phase === 'decode') && !this.isInStep && !this.isHeld;
   }
 
   hasBlocksOn(shardId: string): boolean {

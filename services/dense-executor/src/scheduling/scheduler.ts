@@ -8,6 +8,7 @@
  * 3. A request left out for lack of budget goes first in the next step.
  * 4. No token is scheduled that has no room in its request's block table.
  */
+import type { ModelDescription } from '@lamina/model';
 import type { GenerationRequest } from '../request/request.ts';
 
 export interface SchedulerLimits {
@@ -30,6 +31,9 @@ export class Scheduler {
   readonly #limits: SchedulerLimits;
   readonly #waves: GenerationRequest[][];
   blockSizeTokens = 1;
+  /** Tokens back to which some layer sees, the query's own included; Infinity when some layer sees all. */
+  windowTokens = Number.POSITIVE_INFINITY;
+  shortSequences: ModelDescription['shortSequences'] = null;
 
   constructor(limits: SchedulerLimits, numWaves: number) {
     this.#limits = limits;
@@ -38,6 +42,11 @@ export class Scheduler {
 
   get numWaves(): number {
     return this.#waves.length;
+  }
+
+  /** Most tokens of one request in one step. */
+  get maxStepTokens(): number {
+    return Math.min(this.#limits.prefillChunkTokens, this.#limits.maxBatchedTokens);
   }
 
   /** Requests of one wave. */
@@ -102,7 +111,7 @@ export class Scheduler {
 
   #take(request: GenerationRequest, limit: number, entries: StepEntry[]): number {
     if (!request.isRunnable) return 0;
-    const room = request.blockTable.length * this.blockSizeTokens - request.numComputed;
+    const room = request.numTableBlocks * this.blockSizeTokens - request.numComputed;
     const numTokens = Math.min(limit, request.tokens.length - request.numComputed, room);
     if (numTokens <= 0) return 0;
     entries.push({ request, start: request.numComputed, numTokens, kvGeneration: request.kvGeneration });

@@ -3,12 +3,13 @@
  *
  * Invariants
  * 1. A shard gets the queries of exactly the requests that have blocks on it, and the K and V that it is to store.
- * 2. Every block that holds a token below the end of its request's entry is in exactly one plan.
+ * 2. Every block that holds a token which some layer shows to a query of its request's entry is in exactly one plan, and
+ *    no other block is in any.
  * 3. Shards come in order of their first block, so the same tables give the same order.
  */
 import { BLOCK_FIELDS, encodeStepPlan } from '@lamina/protocol';
 import type { ShardPart, StepRequest } from '../worker/messages.ts';
-import type { StepEntry } from './scheduler.ts';
+import type { Scheduler, StepEntry } from './scheduler.ts';
 
 class PlanBuilder {
   readonly shardId: string;
@@ -61,10 +62,13 @@ class PlanBuilder {
   }
 }
 
+/** What a step depends on besides its entries. */
+type StepShape = Pick<Scheduler, 'blockSizeTokens' | 'windowTokens'> & Partial<Pick<Scheduler, 'shortSequences'>>;
+
 /** @returns The step and the buffers in it that can be transferred to the worker. */
 export function buildStep(
   entries: readonly StepEntry[],
-  blockSizeTokens: number,
+  { blockSizeTokens, windowTokens, shortSequences = null }: StepShape,
   waveIndex: number,
   stepId: number,
 ): { step: StepRequest; transfer: ArrayBuffer[] } {
@@ -78,12 +82,15 @@ export function buildStep(
   let row = 0;
   entries.forEach(({ request, start, numTokens: count }, entryIndex) => {
     const end = start + count;
+    const isShort = shortSequences !== null && request.tokens.length <= shortSequences.numTokens;
+    const offset = isShort ? shortSequences.offset : 0;
     for (let position = start; position < end; position++) {
       tokenIds[row + position - start] = BigInt(request.tokens[position]!);
-      positionIds[row + position - start] = BigInt(position);
+      positionIds[row + position - start] = BigInt(position + offset);
     }
-    for (let index = 0; index * blockSizeTokens < end; index++) {
-      const { shardId, block } = request.blockTable[index]!;
+    const firstVisible = Math.max(0, start - windowTokens + 1);
+    for (let index = Math.floor(firstVisible / blockSizeTokens); index * blockSizeTokens < end; index++) {
+      const { shardId, block } = request.blockTable[index - request.numTrimmedBlocks]!;
       let builder = builders.get(shardId);
       if (builder === undefined) {
         builder = new PlanBuilder(shardId);

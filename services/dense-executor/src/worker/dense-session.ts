@@ -9,7 +9,7 @@
 import { STAGED_INPUTS, STAGED_OUTPUTS } from '@lamina/model';
 import { LaminaError } from '@lamina/tensor';
 import { InferenceSession, Tensor } from 'onnxruntime-node';
-import type { ModelDims } from './messages.ts';
+import type { ModelDims, WorkerOptions } from './messages.ts';
 
 /** Outputs of stages 0 .. numLayers - 1, float32, row-major; valid until the next run of any stage. */
 export interface LayerOutputs {
@@ -22,6 +22,8 @@ export interface LayerOutputs {
   /** [numTokens, numKvHeads * headDim] */
   readonly value: Float32Array;
 }
+
+type SessionOptions = Pick<WorkerOptions, 'stagedGraphPath' | 'dataDir' | 'dims' | 'intraOpThreads'>;
 
 const scalar = (value: number): Tensor => new Tensor('int64', BigInt64Array.of(BigInt(value)), []);
 
@@ -43,22 +45,24 @@ export class DenseSession {
   }
 
   /** @throws LaminaError `model_invalid` when ONNX Runtime refuses the graph. */
-  static async load(graphPath: string, dims: ModelDims, intraOpThreads: number): Promise<DenseSession> {
+  static async load({ stagedGraphPath, dataDir, dims, intraOpThreads }: SessionOptions): Promise<DenseSession> {
     try {
-      const session = await InferenceSession.create(graphPath, {
+      const session = await InferenceSession.create(stagedGraphPath, {
         executionProviders: ['cpu'],
         intraOpNumThreads: intraOpThreads,
         interOpNumThreads: 1,
         enableMemPattern: false,
         graphOptimizationLevel: 'all',
-        extra: { session: { intra_op: { allow_spinning: '0' } } },
+        extra: {
+          session: { intra_op: { allow_spinning: '0' }, model_external_initializers_file_folder_path: dataDir },
+        },
       });
       return new DenseSession(session, dims);
     } catch (cause) {
       const reason = cause instanceof Error ? cause.message : String(cause);
       throw new LaminaError(
         'model_invalid',
-        `ONNX Runtime does not load ${graphPath}: ${reason}; delete it to have it built again`,
+        `ONNX Runtime does not load ${stagedGraphPath}: ${reason}; delete it to have it built again`,
         { cause },
       );
     }

@@ -18,6 +18,7 @@ import {
   unpackMessage,
 } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
+import { KvLease } from '../kv-lease.ts';
 import { compileLayerCycle } from '../request/layer-cycle.ts';
 import { DenseSession } from './dense-session.ts';
 import type { FromWorker, StepRequest, ToWorker, WorkerOptions } from './messages.ts';
@@ -38,16 +39,33 @@ const bus = await Bus.connect(
   },
   { onError: complain },
 );
-const session = await DenseSession.load(options.stagedGraphPath, options.dims, options.intraOpThreads);
-const replySubject = SUBJECTS.workerTensors(options.workerId);
+const session = await DenseSession.load(options);
+const replySubjectOf = (wave: number | string, shardIndex: number | string): string =>
+  SUBJECTS.workerTensors(options.workerId, wave, shardIndex);
+const lease = new KvLease(options.lease);
 const layerCycle = compileLayerCycle();
 const waves = Array.from(
   { length: options.numWaves },
-  () => new Wave({ dims: options.dims, session, transport: bus, layerCycle, originId: options.originId, replySubject }),
+  () =>
+    new Wave({
+      dims: options.dims,
+      session,
+      transport: bus,
+      layerCycle,
+      originId: options.originId,
+      replySubjectOf,
+      lease,
+    }),
 );
 
 const header = emptyFrameHeader();
-bus.subscribe(replySubject, ({ data }) => {
+bus.subscribe(replySubjectOf('*', '*'), (message) => {
+  const { data } = message;
+  if (data.length === 0) {
+    const [wave, shardIndex] = message.subject.split('.').slice(-2).map(Number);
+    waves[wave!]?.exchange.shardIsGone(shardIndex!);
+    return;
+  }
   readFrameHeader(data, header);
   const wave = waves[header.waveIndex];
   if (header.originId !== options.originId || wave === undefined) return;
@@ -56,6 +74,11 @@ bus.subscribe(replySubject, ({ data }) => {
     const failure = parseMessage('shard failure', errorBodySchema, unpackMessage(data.subarray(FRAME_HEADER_BYTES)));
     wave.exchange.receiveFailure(header, new LaminaError(failure.code, failure.message));
   }
+});
+bus.onStatus((type) => {
+  // What was under way may be lost; the KV is not, so the steps are run again.
+  if (type !== 'reconnect') return;
+  for (const wave of waves) wave.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
 });
 await bus.flush();
 
@@ -80,6 +103,8 @@ async function runStep(step: StepRequest): Promise<void> {
   numInFlight++;
   watch ??= setInterval(watchGathers, Math.max(5, options.gatherTimeoutMs / 4));
   const result = await wave.run(step);
+  // What this step sent must be on the server before its blocks can be given to others.
+  if (result.kind === 'stepFailed') await bus.flush().catch(() => undefined);
   numInFlight--;
   if (numInFlight === 0) {
     clearInterval(watch);

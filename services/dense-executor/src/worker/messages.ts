@@ -14,7 +14,11 @@ export interface WorkerOptions {
   readonly natsUrl: string;
   readonly natsConnectTimeoutMs: number;
   readonly stagedGraphPath: string;
+  /** Directory that the graph's external data is relative to. */
+  readonly dataDir: string;
   readonly numWaves: number;
+  /** Shared memory of the KvLease. */
+  readonly lease: SharedArrayBuffer;
   readonly intraOpThreads: number;
   readonly gatherTimeoutMs: number;
   readonly dims: ModelDims;
@@ -27,6 +31,8 @@ export interface ModelDims {
   readonly numHeads: number;
   readonly numKvHeads: number;
   readonly headDim: number;
+  /** [numLayers][numHeads] as in AttentionSpec. */
+  readonly sinkLogits?: readonly (readonly number[])[] | undefined;
 }
 
 /** One shard's part of a step. */

@@ -7,7 +7,8 @@
  * 2. A message buffer is written again only after its shard has answered, so the client has sent it.
  *    After a failed step that is not known, and the buffers are dropped.
  * 3. Partials are merged in the order of the shards, not of arrival: the same inputs give the same bits.
- * 4. A frame of another step, layer or origin, or a repeated one, changes nothing.
+ * 4. Nothing is dispatched while the executor does not hold its lease: the blocks may be other requests' by now.
+ * 5. A frame of another step, layer or origin, or a repeated one, changes nothing.
  */
 import {
   attendBytes,
@@ -19,7 +20,8 @@ import {
   splitFrame,
   writeFrameHeader,
 } from '@lamina/protocol';
-import { AttentionGather, LaminaError } from '@lamina/tensor';
+import { AttentionGather, applySinks, LaminaError } from '@lamina/tensor';
+import type { KvLease } from '../kv-lease.ts';
 import type { ModelDims, ShardPart, StepRequest } from './messages.ts';
 
 export interface TensorTransport {
@@ -88,6 +90,7 @@ class ShardLink {
 export class TensorExchange {
   readonly #dims: ModelDims;
   readonly #transport: TensorTransport;
+  readonly #lease: Pick<KvLease, 'isHeld'>;
   readonly #gather: AttentionGather;
   #links: ShardLink[] = [];
   #merged = new Float32Array(0);
@@ -102,14 +105,20 @@ export class TensorExchange {
   /** performance.now() of the last dispatch; NaN while nothing is waited for. */
   dispatchedAtMs = Number.NaN;
 
-  constructor(dims: ModelDims, transport: TensorTransport) {
+  constructor(dims: ModelDims, transport: TensorTransport, lease: Pick<KvLease, 'isHeld'>) {
     this.#dims = dims;
+    this.#lease = lease;
     this.#transport = transport;
     this.#gather = new AttentionGather(dims.numHeads, dims.headDim);
   }
 
   /** Sends the plans of a step. `header` carries originId, waveIndex and stepId. */
-  begin(step: StepRequest, header: FrameHeader, subjectOf: (shardId: string) => string, replySubject: string): void {
+  begin(
+    step: StepRequest,
+    header: FrameHeader,
+    subjectOf: (shardId: string) => string,
+    replySubjectOf: (shardIndex: number) => string,
+  ): void {
     this.#numTokens = step.tokenIds.length;
     this.#stepId = step.stepId;
     this.#layer = -1;
@@ -126,7 +135,7 @@ export class TensorExchange {
       };
       writeFrameHeader(part.plan, planHeader);
       for (const frame of splitFrame(part.plan, planHeader, this.#transport.maxPayloadBytes)) {
-        this.#transport.publish(link.subject, frame, replySubject);
+        this.#transport.publish(link.subject, frame, replySubjectOf(shardIndex));
       }
       return link;
     });
@@ -152,6 +161,7 @@ export class TensorExchange {
    */
   dispatch(layer: number, query: Float32Array, key: Float32Array, value: Float32Array): Promise<void> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    if (!this.#lease.isHeld) return Promise.reject(leaseEnded());
     const { numHeads, numKvHeads, headDim } = this.#dims;
     this.#layer = layer;
     this.#numWaiting = this.#links.length;
@@ -179,22 +189,28 @@ export class TensorExchange {
     if (header.stepId !== this.#stepId || header.layer !== this.#layer || this.#resolve === undefined) return false;
     const link = this.#links[header.shardIndex];
     if (link === undefined || link.hasAnswered) return false;
-    const body = link.assembler.push(frame, header);
-    if (body === undefined) return true;
-    if (body.length !== link.partial.length) {
+    if (header.bodyBytes !== link.partial.length) {
       this.fail(
         new LaminaError(
           'protocol_violation',
-          `a shard answered ${body.length} bytes where ${link.partial.length} belong`,
+          `a shard answers ${header.bodyBytes} bytes where ${link.partial.length} belong`,
         ),
         [link.shardId],
       );
       return true;
     }
+    const body = link.assembler.push(frame, header);
+    if (body === undefined) return true;
     link.partial.set(body);
     link.hasAnswered = true;
     if (--this.#numWaiting === 0) this.#settle()?.();
     return true;
+  }
+
+  /** Nobody listens to what was sent to a shard: it died, or it is about to connect again. */
+  shardIsGone(shardIndex: number): void {
+    const link = this.#links[shardIndex];
+    if (link !== undefined) this.fail(new LaminaError('unavailable', `${link.shardId} does not listen`), [link.shardId]);
   }
 
   /** A shard says that it cannot answer: fails the step it names, if that is in flight. */
@@ -205,14 +221,21 @@ export class TensorExchange {
 
   /**
    * The gathered attention of the dispatched layer, [numTokens, numHeads * headDim] float32, valid until the next one.
+   * Call once per layer: sinks are counted here.
    * @throws LaminaError `protocol_violation` when no shard saw a key of some query.
    */
   gathered(): Float32Array {
-    if (this.#isIdentity()) return this.#links[0]!.output;
+    if (this.#failure !== undefined) throw this.#failure;
+    const sinkLogits = this.#dims.sinkLogits?.[this.#layer];
+    if (this.#isIdentity()) {
+      const { output, logSumExp } = this.#links[0]!;
+      if (sinkLogits !== undefined) applySinks(output, logSumExp, sinkLogits);
+      return output;
+    }
     const merged = this.#merged.subarray(0, this.#numTokens * this.#dims.numHeads * this.#dims.headDim);
     this.#gather.begin(merged, this.#numTokens);
     for (const link of this.#links) this.#gather.add(link.output, link.logSumExp, link.queryRows);
-    const uncovered = this.#gather.finish();
+    const uncovered = this.#gather.finish(sinkLogits);
     if (uncovered >= 0) throw new LaminaError('protocol_violation', `no shard attended query row ${uncovered}`);
     return merged;
   }
@@ -246,4 +269,11 @@ export class TensorExchange {
     this.dispatchedAtMs = Number.NaN;
     return resolve;
   }
+}
+
+function leaseEnded(): LaminaError {
+  return new LaminaError(
+    'unavailable',
+    'the kv-manager has not answered in time; KV must not be written until it does',
+  );
 }

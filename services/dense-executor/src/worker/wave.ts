@@ -8,6 +8,7 @@
 import { FRAME_KIND, type FrameHeader, SUBJECTS } from '@lamina/protocol';
 import { asLaminaError, type LaminaError } from '@lamina/tensor';
 import { Tensor } from 'onnxruntime-node';
+import type { KvLease } from '../kv-lease.ts';
 import { LAYER_EVENT, LayerCursor } from '../request/layer-cycle.ts';
 import { Sampler } from '../request/sampler.ts';
 import type { DenseSession, LayerOutputs } from './dense-session.ts';
@@ -21,7 +22,7 @@ export class Wave {
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
   readonly #originId: number;
-  readonly #replySubject: string;
+  readonly #replySubjectOf: (waveIndex: number, shardIndex: number) => string;
 
   constructor(options: {
     dims: ModelDims;
@@ -29,15 +30,16 @@ export class Wave {
     transport: TensorTransport;
     layerCycle: Uint8Array;
     originId: number;
-    replySubject: string;
+    replySubjectOf: (waveIndex: number, shardIndex: number) => string;
+    lease: Pick<KvLease, 'isHeld'>;
   }) {
     this.#dims = options.dims;
     this.#session = options.session;
     this.#sampler = new Sampler(options.dims.vocabSize);
     this.#cursor = new LayerCursor(options.layerCycle);
     this.#originId = options.originId;
-    this.#replySubject = options.replySubject;
-    this.exchange = new TensorExchange(options.dims, options.transport);
+    this.#replySubjectOf = options.replySubjectOf;
+    this.exchange = new TensorExchange(options.dims, options.transport, options.lease);
   }
 
   /** Never rejects: a failed step is a result. */
@@ -79,7 +81,9 @@ export class Wave {
       partOffset: 0,
       originId: this.#originId,
     };
-    exchange.begin(step, header, SUBJECTS.shardTensors, this.#replySubject);
+    exchange.begin(step, header, SUBJECTS.shardTensors, (shardIndex) =>
+      this.#replySubjectOf(step.waveIndex, shardIndex),
+    );
     const tokenIds = new Tensor('int64', step.tokenIds, [1, numTokens]);
     const positionIds = new Tensor('int64', step.positionIds, [1, numTokens]);
     const attentionShape = [1, numTokens, numHeads * headDim];

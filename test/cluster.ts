@@ -24,8 +24,10 @@ import { LaminaError } from '@lamina/tensor';
 export interface TestClusterOptions {
   readonly attentionShards?: number;
   readonly denseExecutors?: number;
-  /** Directory; default: the bundled lamina-tiny. */
+  /** Directory or repository; default: the bundled lamina-tiny. */
   readonly model?: string;
+  /** Variables of all processes, over the caller's. */
+  readonly environment?: Readonly<Record<string, string>>;
   /** For all services. */
   readonly settings?: ServiceSettings;
   /** A server that the test runs itself. */
@@ -60,7 +62,10 @@ export async function startTestCluster(options: TestClusterOptions = {}): Promis
     httpPort: 0,
     natsUrl: options.natsUrl,
     natsServer: natsServerOf(environment),
-    environment: Object.fromEntries(Object.entries(environment).filter(([name]) => !name.startsWith('LAMINA_'))),
+    environment: {
+      ...Object.fromEntries(Object.entries(environment).filter(([name]) => !name.startsWith('LAMINA_'))),
+      ...options.environment,
+    },
     settings: {
       model: options.model ?? join(ROOT_DIRECTORY, 'models', 'lamina-tiny'),
       cacheDir: TEST_CACHE_DIRECTORY,

@@ -1,0 +1,56 @@
+/**
+ * Owns how a model is named: a directory, or a repository of the hub at a revision; and where pulled repositories lie.
+ *
+ * Invariants
+ * 1. What is a directory is never taken for a repository; `models/NAME` is always a path (the hub allows no such owner).
+ * 2. The directory of a pulled model is called like its repository: its name is what requests call the model.
+ */
+import { join, resolve } from 'node:path';
+import { LaminaError } from '@lamina/tensor';
+
+export interface RepoName {
+  /** `owner/name` */
+  readonly repo: string;
+  readonly owner: string;
+  readonly name: string;
+  /** Branch, tag or commit. */
+  readonly revision: string;
+}
+
+const DEFAULT_REVISION = 'main';
+
+const PART = '[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?';
+const REPO = new RegExp(`^(${PART})/(${PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?$`);
+
+/** `owner/name` or `owner/name@revision`; undefined for anything else. */
+export function parseRepoName(text: string): RepoName | undefined {
+  const [, owner, name, revision = DEFAULT_REVISION] = REPO.exec(text) ?? [];
+  if (owner === undefined || name === undefined || owner === 'models') return undefined;
+  if (name.includes('..') || owner.includes('..') || revision.includes('..')) return undefined;
+  return { repo: `${owner}/${name}`, owner, name, revision };
+}
+
+/** @throws LaminaError `config_invalid` */
+export function requireRepoName(text: string): RepoName {
+  const name = parseRepoName(text);
+  if (name !== undefined) return name;
+  throw new LaminaError('config_invalid', `"${text}" names no repository; write owner/name or owner/name@revision`);
+}
+
+/** What of a repository was pulled: all of a variant, or only what a gateway reads. */
+export interface RepoPlaces {
+  /** Everything of this repository. */
+  readonly root: string;
+  /** File that says what the revision was when it was last pulled. */
+  readonly reference: string;
+}
+
+export function repoPlaces(cacheDir: string, { owner, name, revision }: RepoName): RepoPlaces {
+  const root = join(resolve(cacheDir), 'hub', owner, name);
+  return { root, reference: join(root, 'refs', `${encodeURIComponent(revision)}.json`) };
+}
+
+/** Directory of one variant of one commit: complete when it exists. */
+export function variantDir({ root }: RepoPlaces, { name }: RepoName, commit: string, variant: string): string {
+  return join(root, `${commit.slice(0, 12)}-${variant}`, name);
+}

@@ -1,0 +1,264 @@
+/** Every decoder against mutated bytes: nothing but a LaminaError ever comes out, and it comes quickly. */
+import { LaminaError } from '@lamina/tensor';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import type { z } from 'zod';
+import { packMessage, unpackMessage } from '../src/codec.ts';
+import {
+  emptyFrameHeader,
+  FRAME_HEADER_BYTES,
+  FRAME_KIND,
+  FrameAssembler,
+  readFrameHeader,
+  splitFrame,
+  writeFrameHeader,
+} from '../src/frame.ts';
+import { encodingOf, parseGenerateBody, requestIdOf } from '../src/generate-request.ts';
+import { parseMessage } from '../src/schema.ts';
+import { decodeStepPlan, encodeStepPlan } from '../src/step-plan.ts';
+import { ENDPOINTS, EVENTS } from '../src/subjects.ts';
+import { decodeTokens, encodeTokens, type TokenMessage } from '../src/token-message.ts';
+import { type WorkItem, workItemSchema } from '../src/work-item.ts';
+
+/** All decoders together see over 300,000. */
+const CASES = 30_000;
+/** For all of a decoder's cases. It takes 1 s at most; a case that grows with what its bytes promise takes far longer. */
+const LIMIT_MS = 20_000;
+
+// Stack traces of a million expected errors would take most of the time.
+const { stackTraceLimit } = Error;
+beforeAll(() => {
+  Error.stackTraceLimit = 0;
+});
+afterAll(() => {
+  Error.stackTraceLimit = stackTraceLimit;
+});
+
+/** A small generator of 32-bit numbers (mulberry32): the same cases in each run. */
+function randomOf(seed: number): (below: number) => number {
+  let state = seed;
+  return (below) => {
+    state = (state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+    return ((mixed ^ (mixed >>> 14)) >>> 0) % below;
+  };
+}
+
+/** Bytes that mean something to msgpack, JSON or a header. */
+const TELLING = [
+  0x00, 0x01, 0x7f, 0x80, 0x90, 0xc1, 0xc6, 0xc9, 0xd4, 0xd9, 0xdb, 0xdd, 0xde, 0xdf, 0xff, 0x22, 0x5b, 0x7b,
+];
+
+/** One to four changes of a seed: bits, bytes, cuts, insertions, 32-bit words, another seed's end. */
+function mutate(seeds: readonly Uint8Array[], random: (below: number) => number): Uint8Array {
+  let bytes = Buffer.from(seeds[random(seeds.length)]!);
+  for (let changes = 1 + random(4); changes > 0; changes--) {
+    const at = random(bytes.length + 1);
+    switch (random(7)) {
+      case 0:
+        if (at < bytes.length) bytes[at]! ^= 1 << random(8);
+        break;
+      case 1:
+        if (at < bytes.length) bytes[at] = TELLING[random(TELLING.length)]!;
+        break;
+      case 2:
+        bytes = bytes.subarray(0, at);
+        break;
+      case 3:
+        bytes = Buffer.concat([bytes.subarray(0, at), Buffer.of(TELLING[random(TELLING.length)]!), bytes.subarray(at)]);
+        break;
+      case 4:
+        if (at + 4 <= bytes.length)
+          bytes.writeUInt32BE([0, 0x7fffffff, 0xffffffff, 0x10000, random(2 ** 31)][random(5)]!, at);
+        break;
+      case 5:
+        bytes = Buffer.concat([bytes.subarray(0, at), bytes.subarray(random(bytes.length + 1))]);
+        break;
+      default: {
+        const other = seeds[random(seeds.length)]!;
+        bytes = Buffer.concat([bytes.subarray(0, at), other.subarray(random(other.length + 1))]);
+      }
+    }
+  }
+  return bytes;
+}
+
+/** Runs the decoder on the cases. Fails on what is no LaminaError, on slowness, and when nothing was taken or refused. */
+function fuzz(seeds: readonly Uint8Array[], decode: (bytes: Uint8Array) => unknown, cases = CASES): void {
+  for (const seed of seeds) decode(seed);
+  const random = randomOf(seeds.length);
+  const foreign: string[] = [];
+  let numTaken = 0;
+  const startMs = performance.now();
+  for (let i = 0; i < cases && foreign.length < 5; i++) {
+    const bytes = mutate(seeds, random);
+    try {
+      decode(bytes);
+      numTaken++;
+    } catch (error) {
+      if (!(error instanceof LaminaError) || error.code === 'internal')
+        foreign.push(`${error} of ${Buffer.from(bytes).toString('hex')}`);
+    }
+  }
+  expect(foreign).toEqual([]);
+  expect(performance.now() - startMs).toBeLessThan(LIMIT_MS);
+  // Otherwise the mutations prove nothing.
+  expect(numTaken).toBeGreaterThan(cases / 500);
+  expect(cases - numTaken).toBeGreaterThan(cases / 500);
+  // Whatever came before, a good message is still read.
+  for (const seed of seeds) decode(seed);
+}
+
+const SPEC = { numLayers: 2, numHeads: 4, numKvHeads: 2, headDim: 32, scale: 0.25 };
+const TOKEN: TokenMessage = {
+  id: 'a-1',
+  index: 3,
+  token: 5,
+  text: 'caf\u00e9',
+  logprob: -0.5,
+  top_logprobs: [{ token: 5, text: 'x', logprob: -0.5 }],
+  finish_reason: null,
+};
+const LAST: TokenMessage = {
+  id: 'a-1',
+  index: 4,
+  token: null,
+  text: '',
+  finish_reason: 'error',
+  usage: { prompt_tokens: 3, completion_tokens: 1, total_tokens: 4 },
+  error: { code: 'internal', message: 'm' },
+};
+const WORK: WorkItem = {
+  id: 'a-1',
+  model: 'm',
+  tokenIds: [1, 300, 70_000],
+  maxTokens: 10,
+  sampling: { temperature: 0.5, topP: 0.9, topK: 5, minP: 0, seed: 7 },
+  stop: ['end'],
+  logprobs: 2,
+  ignoreEos: false,
+  priority: 0,
+  deadlineAtMs: null,
+  encoding: 'json',
+  submittedAtMs: 1_700_000_000_000,
+};
+const PLAN = {
+  numQueryRows: 2,
+  numKvRows: 1,
+  segments: Int32Array.of(0, 1, 17, 0, 2, 1, 1, 0, 2, 1),
+  blocks: Int32Array.of(5, 0, 16, 9, 16, 2),
+  kvSlots: Int32Array.of(145),
+};
+
+function framesOf(bodyBytes: number, maxPayload: number): Uint8Array[] {
+  const header = { ...emptyFrameHeader(), kind: FRAME_KIND.attend, stepId: 7, layer: 3, bodyBytes };
+  const message = new Uint8Array(FRAME_HEADER_BYTES + bodyBytes).fill(0x55);
+  writeFrameHeader(message, header);
+  return splitFrame(message, header, maxPayload);
+}
+
+test('frames and their joining', () => {
+  const header = emptyFrameHeader();
+  const assembler = new FrameAssembler();
+  const before = process.memoryUsage().arrayBuffers;
+  fuzz(
+    [...framesOf(200, 132), ...framesOf(40, 100)],
+    (frame) => {
+      readFrameHeader(frame, header);
+      // Seeds come as they are: a whole message, the first part and, right after it, the second.
+      const body = assembler.push(frame, header);
+      if (body !== undefined && body.length !== header.bodyBytes) throw new Error('a body of another size');
+    },
+    100_000,
+  );
+  expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(256e6);
+});
+
+test('step plans', () => {
+  const seeds = [encodeStepPlan(PLAN).subarray(FRAME_HEADER_BYTES), new Uint8Array(16)];
+  fuzz(
+    seeds,
+    (body) => {
+      const plan = decodeStepPlan(body);
+      const ints = 4 + plan.segments.length + plan.blocks.length + plan.kvSlots.length;
+      if (4 * ints !== body.length || plan.kvSlots.length !== plan.numKvRows) throw new Error('a plan of another size');
+    },
+    100_000,
+  );
+});
+
+test('bodies of lamina.v1.generate', () => {
+  const request = {
+    id: 'a-1',
+    prompt: 'Once upon a time',
+    max_tokens: 5,
+    temperature: 0.5,
+    stop: ['x'],
+    logprobs: 3,
+  };
+  const chat = { messages: [{ role: 'user', content: 'Hi' }], seed: 5 };
+  const seeds = [
+    Buffer.from(JSON.stringify(request)),
+    Buffer.from(JSON.stringify(chat)),
+    packMessage(request),
+    packMessage({ ...chat, top_k: 5 }),
+    packMessage({ token_ids: [1, 300, 70_000] }),
+    Buffer.from('\u0780\u07c0 text'),
+  ];
+  fuzz(seeds, (body) => {
+    // These two answer for bad bodies as well, so they must never throw.
+    const encoding = encodingOf(body);
+    requestIdOf(body);
+    const parsed = parseGenerateBody(body);
+    if (parsed.encoding !== encoding) throw new Error('encodingOf disagrees');
+  });
+});
+
+test('token messages', () => {
+  const seeds = (['json', 'msgpack'] as const).flatMap((encoding) =>
+    [[TOKEN], [LAST], [TOKEN, LAST]].map((messages) => encodeTokens(messages, encoding)),
+  );
+  fuzz(seeds, decodeTokens);
+});
+
+test('work items', () => {
+  fuzz([packMessage(WORK), packMessage({ ...WORK, deadlineAtMs: 1.5, logprobs: null })], (bytes) =>
+    parseMessage('work item', workItemSchema, unpackMessage(bytes)),
+  );
+});
+
+test('messages of the kv-manager', () => {
+  const layout = { ...SPEC, blockSizeTokens: 16, kvDtype: 'f16' };
+  const heartbeat = { managerEpoch: 'e', heartbeatIntervalMs: 5, known: true };
+  const shard = { shardId: 's1', kernel: 'portable', budgetBytes: 1, numBlocks: 8, usedBlocks: 0, usedBlocksPeak: 0 };
+  const messages: readonly [z.ZodType, unknown][] = [
+    [ENDPOINTS.executorHeartbeat.request, { executorId: 'e1', modelId: 'm', spec: SPEC }],
+    [ENDPOINTS.executorHeartbeat.reply, { ...heartbeat, layout, heartbeatTimeoutMs: 9, voidRequestIds: ['a', 'b'] }],
+    [ENDPOINTS.executorLeave.request, { executorId: 'e1' }],
+    [ENDPOINTS.shardHeartbeat.request, { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null }],
+    [ENDPOINTS.shardHeartbeat.reply, { ...heartbeat, layout: null, usedBlocks: 0, usedBlocksPeak: 0 }],
+    [ENDPOINTS.allocate.request, { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9 }],
+    [ENDPOINTS.allocate.reply, { managerEpoch: 'e', blocks: [{ shardId: 's1', block: 3 }] }],
+    [ENDPOINTS.extend.request, { requestId: 'a', executorId: 'e1', numTokens: 5 }],
+    [ENDPOINTS.free.request, { requestId: 'a', executorId: 'e1' }],
+    [
+      ENDPOINTS.kvStatus.reply,
+      {
+        managerEpoch: 'e',
+        modelId: 'm',
+        layout,
+        executors: [{ executorId: 'e1', modelId: 'm' }],
+        shards: [shard],
+        numRequests: 1,
+      },
+    ],
+    [EVENTS.shardLost.body, { shardId: 's1' }],
+    [EVENTS.capacityFreed.body, { freeBlocks: 5 }],
+  ];
+  for (const [schema, message] of messages)
+    fuzz(
+      [packMessage(message)],
+      (bytes) => parseMessage('kv', schema, unpackMessage(bytes)),
+      Math.ceil(CASES / messages.length),
+    );
+});

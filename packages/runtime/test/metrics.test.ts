@@ -1,0 +1,95 @@
+/** Joining the metrics of several processes, over a real nats-server. */
+import { Bus } from '@lamina/bus';
+import { packMessage, SUBJECTS } from '@lamina/protocol';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { type NatsServer, startNatsServer } from '../../testkit/src/nats-server.ts';
+import { answerMetrics, Counter, collectMetrics, createRegistry, Gauge, Histogram } from '../src/metrics.ts';
+
+const WAIT_MS = 300;
+let nats: NatsServer;
+const buses: Bus[] = [];
+const failures: unknown[] = [];
+
+async function connect(): Promise<Bus> {
+  const bus = await Bus.connect({ url: nats.url, name: 'test', connectTimeoutMs: 5000 }, { onError: () => {} });
+  buses.push(bus);
+  return bus;
+}
+
+/** A process with one counter, one histogram and one gauge of the same names as every other. */
+async function startInstance(service: string, instance: string, count: number): Promise<void> {
+  const bus = await connect();
+  const registry = createRegistry(service, instance);
+  const registers = [registry];
+  new Counter({ name: 'requests_total', help: 'h', labelNames: ['kind'], registers }).inc({ kind: 'a' }, count);
+  new Histogram({ name: 'seconds', help: 'h', buckets: [1, 2], registers }).observe(count);
+  new Gauge({ name: 'level', help: 'h', registers }).set(count === 1 ? Number.NaN : count);
+  await bus.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => null });
+  answerMetrics(bus, registry, (cause) => failures.push(cause));
+  await bus.flush();
+}
+
+beforeAll(async () => {
+  nats = await startNatsServer();
+  await startInstance('kv-manager', 'k1', 1);
+  await startInstance('gateway', 'g1', 2);
+  await startInstance('gateway', 'g2', 4);
+});
+afterAll(async () => {
+  await Promise.all(buses.map((bus) => bus.close()));
+  await nats.stop();
+});
+
+const EXPECTED = [
+  'requests_total{kind="a",service="kv-manager",instance="k1"} 1',
+  'requests_total{kind="a",service="gateway",instance="g1"} 2',
+  'requests_total{kind="a",service="gateway",instance="g2"} 4',
+  'level{service="kv-manager",instance="k1"} Nan',
+  'level{service="gateway",instance="g2"} 4',
+  'seconds_bucket{le="1",service="kv-manager",instance="k1"} 1',
+  'seconds_bucket{le="1",service="gateway",instance="g1"} 0',
+  'seconds_bucket{le="2",service="gateway",instance="g1"} 1',
+  'seconds_sum{service="gateway",instance="g2"} 4',
+];
+
+test('series of the same name stay apart, by service and instance, under one head', async () => {
+  const text = await collectMetrics(await connect(), WAIT_MS);
+  const lines = text.split('\n');
+  expect(lines).toEqual(expect.arrayContaining(EXPECTED));
+  expect(lines.filter((line) => line.startsWith('requests_total'))).toHaveLength(3);
+  expect(lines.filter((line) => line === '# TYPE requests_total counter')).toHaveLength(1);
+  expect(failures).toEqual([]);
+});
+
+test('an answer that is none hides nobody', async () => {
+  const stranger = await connect();
+  const metric = { name: 'm', help: 'h', type: 'gauge', aggregator: 'sum', values: [{ value: 1, labels: {} }] };
+  const answers = [
+    Buffer.from('hello'),
+    new Uint8Array(0),
+    Buffer.of(0xc1),
+    packMessage(null),
+    packMessage([null]),
+    packMessage([{ name: 'x', values: 5 }]),
+    packMessage([{ ...metric, aggregator: 'nothing' }]),
+    packMessage([{ ...metric, values: [null] }]),
+    packMessage([{ ...metric, name: 5 }]),
+    packMessage([{ ...metric, values: [{ value: 'x', labels: null }] }]),
+    packMessage([{ ...metric, name: 'fine' }]),
+  ];
+  const subscription = stranger.subscribe(SUBJECTS.metrics, ({ reply }) => {
+    if (reply !== undefined) for (const answer of answers) stranger.publish(reply, answer);
+  });
+  await stranger.flush();
+  const lines = (await collectMetrics(await connect(), WAIT_MS)).split('\n');
+  subscription.unsubscribe();
+  expect(lines).toEqual(expect.arrayContaining([...EXPECTED, 'fine 1']));
+});
+
+test('nobody there is an empty page', async () => {
+  const alone = await startNatsServer();
+  const bus = await Bus.connect({ url: alone.url, name: 'test', connectTimeoutMs: 5000 }, { onError: () => {} });
+  expect((await collectMetrics(bus, 100)).trim()).toBe('');
+  await bus.close();
+  await alone.stop();
+});

@@ -1,0 +1,67 @@
+/**
+ * Every architecture: the uncut and the staged graph give the logits of an independent float64 forward pass, for
+ * sequences beyond windows and original lengths, in one prefill and token by token.
+ */
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { buildModel } from '@lamina/model';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { writeRandomCheckpoint } from '../src/random-checkpoint.ts';
+import { ARCHITECTURE_TEST_TOKENS, RANDOM_MODELS } from '../src/random-models.ts';
+import { UncutReference } from '../src/reference.ts';
+import { maxDifference, plainLogits } from '../src/reference-plain.ts';
+import { StagedReference } from '../src/reference-staged.ts';
+
+/** Bound on |graph - float64| of a logit, relative to the largest logit of its row. */
+const RELATIVE_BOUND = 2e-5;
+const SHORT_TOKENS = 20;
+
+const TOKENS = Array.from({ length: ARCHITECTURE_TEST_TOKENS }, (_, i) => (i * 37 + 11) % 256);
+
+let scratch = '';
+beforeAll(async () => {
+  scratch = await mkdtemp(join(tmpdir(), 'lamina-architectures-'));
+});
+afterAll(async () => {
+  await rm(scratch, { recursive: true, force: true });
+});
+
+/** Largest difference of two lists of rows, each relative to its row. */
+function worstOf(rows: readonly Float32Array[], expected: readonly Float64Array[]): number {
+  expect(rows).toHaveLength(expected.length);
+  return Math.max(
+    ...expected.map((row, i) => maxDifference(rows[i]!, row) / Math.max(...row.map((value) => Math.abs(value)))),
+  );
+}
+
+describe.each(Object.entries(RANDOM_MODELS))('%s', (name, options) => {
+  it('gives the logits of a float64 forward pass, uncut and staged', async () => {
+    const dir = join(scratch, name.replaceAll(/\W+/g, '-'));
+    await writeRandomCheckpoint(dir, options);
+    const built = await buildModel(dir, { cacheDir: join(scratch, 'cache') });
+    const uncut = await UncutReference.load(built);
+    const staged = await StagedReference.load(built);
+    let worst = 0;
+    for (const tokenIds of [TOKENS, TOKENS.slice(0, SHORT_TOKENS)]) {
+      const expected = await plainLogits(dir, tokenIds);
+      expect(Math.max(...expected[0]!)).toBeGreaterThan(0.1);
+      const sequence = staged.newSequence(tokenIds.length);
+      const first = await staged.runWave([{ sequence, tokenIds: tokenIds.slice(0, 13) }]);
+      const rows = [...first, ...(await staged.runWave([{ sequence, tokenIds: tokenIds.slice(13, -1) }]))];
+      rows.push(...(await staged.runWave([{ sequence, tokenIds: tokenIds.slice(-1) }])));
+      const differences = [worstOf(await uncut.logits(tokenIds), expected), worstOf(rows, expected)];
+      for (const difference of differences) expect(difference).toBeLessThan(RELATIVE_BOUND);
+      worst = Math.max(worst, ...differences);
+    }
+    // Through the KV cache of the uncut graph; a longrope sequence outgrows its short table on the way.
+    const prompt = TOKENS.slice(0, SHORT_TOKENS);
+    const { tokenIds, logits } = await uncut.greedy(prompt, 12, { ignoreEos: true });
+    for (const [i, row] of logits.entries()) {
+      const expected = (await plainLogits(dir, [...prompt, ...tokenIds.slice(0, i)])).at(-1);
+      expect(worstOf([row], [expected!])).toBeLessThan(RELATIVE_BOUND);
+    }
+    await Promise.all([uncut.release(), staged.release()]);
+    console.log(`${name}: ${worst.toExponential(1)}`);
+  });
+});
