@@ -127,7 +127,7 @@ describe('request and reply', () => {
       expect(answer).toMatchObject({ error: { code: 'protocol_violation', message: expect.any(String) } });
     }
     expect(errors).toEqual(bodies.map(() => ({ code: 'protocol_violation', subject })));
-    const call = { requestId: 'a', executorId: 'e', numTokens: 5 };
+    const call = { requestId: 'a', executorId: 'e', numBlocks: 1, numTokens: 5 };
     expect(await client.request(ENDPOINTS.extend, call, TIMEOUT)).toEqual({ managerEpoch: 'm', blocks: [] });
   });
 

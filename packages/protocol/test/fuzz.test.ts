@@ -233,13 +233,16 @@ test('messages of the kv-manager', () => {
   const shard = { shardId: 's1', kernel: 'portable', budgetBytes: 1, numBlocks: 8, usedBlocks: 0, usedBlocksPeak: 0 };
   const messages: readonly [z.ZodType, unknown][] = [
     [ENDPOINTS.executorHeartbeat.request, { executorId: 'e1', modelId: 'm', spec: SPEC }],
-    [ENDPOINTS.executorHeartbeat.reply, { ...heartbeat, layout, heartbeatTimeoutMs: 9, voidRequestIds: ['a', 'b'] }],
+    [
+      ENDPOINTS.executorHeartbeat.reply,
+      { ...heartbeat, layout, heartbeatTimeoutMs: 9, voidRequestIds: ['a', 'b'], takenOverRequestIds: ['c'] },
+    ],
     [ENDPOINTS.executorLeave.request, { executorId: 'e1' }],
     [ENDPOINTS.shardHeartbeat.request, { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null }],
     [ENDPOINTS.shardHeartbeat.reply, { ...heartbeat, layout: null, usedBlocks: 0, usedBlocksPeak: 0 }],
-    [ENDPOINTS.allocate.request, { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9 }],
+    [ENDPOINTS.allocate.request, { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9, deliveryCount: 1 }],
     [ENDPOINTS.allocate.reply, { managerEpoch: 'e', blocks: [{ shardId: 's1', block: 3 }] }],
-    [ENDPOINTS.extend.request, { requestId: 'a', executorId: 'e1', numTokens: 5 }],
+    [ENDPOINTS.extend.request, { requestId: 'a', executorId: 'e1', numBlocks: 1, numTokens: 5 }],
     [ENDPOINTS.free.request, { requestId: 'a', executorId: 'e1' }],
     [
       ENDPOINTS.kvStatus.reply,
