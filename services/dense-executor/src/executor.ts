@@ -12,8 +12,7 @@ import type { TokenMessage, WorkItem } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
-import type { KvClient } from './kv-client.ts';
-import { KvTables } from './kv-tables.ts';
+import { type KvCalls, KvTables } from './kv-tables.ts';
 import type { ExecutorMetrics } from './metrics.ts';
 import { Answer } from './request/answer.ts';
 import { requestMachine } from './request/machine.ts';
@@ -21,14 +20,13 @@ import { GenerationRequest } from './request/request.ts';
 import type { SampledToken } from './request/sampler.ts';
 import { RunningRequests } from './running-requests.ts';
 import type { Scheduler } from './scheduling/scheduler.ts';
-import { StepLoop } from './step-loop.ts';
-import type { WorkerPool } from './worker-pool.ts';
+import { StepLoop, type StepRunner } from './step-loop.ts';
 
 export interface ExecutorOptions {
   readonly description: ModelDescription;
   readonly tokenizer: Tokenizer;
   readonly scheduler: Scheduler;
-  readonly tokens: TokenStream;
+  readonly tokens: Pick<TokenStream, 'publish' | 'stored' | 'isClosed'>;
   readonly metrics: ExecutorMetrics;
   readonly log: Logger;
 }
@@ -45,7 +43,7 @@ export class Executor {
   readonly #options: ExecutorOptions;
   readonly #eosTokenIds: ReadonlySet<number>;
   readonly #cancelledIds = new Set<string>();
-  #pool: WorkerPool | undefined;
+  #pool: StepRunner | undefined;
   #numArrivals = 0;
   #renewal: NodeJS.Timeout | undefined;
 
@@ -73,7 +71,7 @@ export class Executor {
   }
 
   /** Call once before the first request. */
-  connect(kv: KvClient, pool: WorkerPool, layout: KvLayout): void {
+  connect(kv: KvCalls, pool: StepRunner, layout: KvLayout): void {
     this.#pool = pool;
     this.tables.connect(kv, layout);
     this.steps.connect(pool);

@@ -4,7 +4,7 @@
  * Invariants
  * 1. The kv-manager is asked at admission and ahead of block boundaries, never inside a layer.
  * 2. While no heartbeat has been answered for the kv-manager's time-out, `holdsLease` is false: the blocks may have been
- *    given to others, so no layer is dispatched that would write to them.
+ *    given to others, so no layer is dispatched that would write to them; nor, later, one of a step from before.
  * 3. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
  */
 import type { Bus } from '@lamina/bus';
@@ -68,6 +68,10 @@ export class KvClient {
     return this.#options.lease.isHeld;
   }
 
+  get leaseTerm(): number {
+    return this.#options.lease.term;
+  }
+
   /** Registers, waiting for a kv-manager as long as it takes. */
   async register(): Promise<KvLayout> {
     for (;;) {
@@ -81,7 +85,7 @@ export class KvClient {
     const { bus, executorId, modelId, spec, lease, log, fail } = this.#options;
     const timeoutMs = Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#intervalMs);
     let intervalMs = RETRY_INTERVAL_MS;
-    const markMs = lease.mark();
+    const markNs = lease.mark();
     try {
       const reply = await bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec }, { timeoutMs });
       intervalMs = reply.heartbeatIntervalMs;
@@ -95,7 +99,7 @@ export class KvClient {
       this.#managerEpoch = reply.managerEpoch;
       this.#layout = reply.layout;
       const hadLease = this.holdsLease;
-      lease.renew(markMs, reply.heartbeatTimeoutMs);
+      lease.renew(markNs, reply.heartbeatTimeoutMs, isChanged);
       if (isChanged) this.#events.onTablesVoid(reply.layout);
       else {
         if (reply.voidRequestIds.length > 0) this.#events.onRequestsVoid(reply.voidRequestIds);

@@ -4,31 +4,47 @@
  * Invariants
  * 1. The time is that of the last answered heartbeat's sending plus the kv-manager's time-out: before it, the kv-manager
  *    gives none of this executor's blocks to others. A process that was stopped finds it over when it goes on.
- * 2. The clock is the system's monotonic one, which all threads share.
+ * 2. A lease that is had again after it was over is another term: a step that was formed in the former one names blocks
+ *    that may be others' by now, so it never writes again. The new term begins before the new time is known to anybody.
+ * 3. The clock is the system's monotonic one, which all threads share.
  */
 
-const nowMs = (): number => Number(process.hrtime.bigint()) / 1e6;
+const nowNs = (): bigint => process.hrtime.bigint();
+const END = 0;
+const TERM = 1;
 
 export class KvLease {
-  /** [1] End of the lease in milliseconds of the monotonic clock. */
+  /** [2] int64: end in nanoseconds of the monotonic clock, number of the term. */
   readonly shared: SharedArrayBuffer;
-  readonly #endMs: Float64Array;
+  readonly #words: BigInt64Array;
 
-  constructor(shared: SharedArrayBuffer = new SharedArrayBuffer(8)) {
+  constructor(shared: SharedArrayBuffer = new SharedArrayBuffer(16)) {
     this.shared = shared;
-    this.#endMs = new Float64Array(shared);
+    this.#words = new BigInt64Array(shared);
   }
 
   get isHeld(): boolean {
-    return nowMs() < this.#endMs[0]!;
+    return nowNs() < Atomics.load(this.#words, END);
+  }
+
+  /** What a step that is formed now is valid for. */
+  get term(): number {
+    return Number(Atomics.load(this.#words, TERM));
+  }
+
+  /** Whether a step that was formed in `term` may write now. */
+  allows(term: number): boolean {
+    return this.isHeld && this.term === term;
   }
 
   /** Now, to be given to `renew` when the heartbeat that is sent now is answered. */
-  mark(): number {
-    return nowMs();
+  mark(): bigint {
+    return nowNs();
   }
 
-  renew(markMs: number, timeoutMs: number): void {
-    this.#endMs[0] = markMs + timeoutMs;
+  /** `isOther`: the tables of the term until now are void. */
+  renew(markNs: bigint, timeoutMs: number, isOther: boolean): void {
+    if (isOther || !this.isHeld) Atomics.add(this.#words, TERM, 1n);
+    Atomics.store(this.#words, END, markNs + BigInt(timeoutMs) * 1_000_000n);
   }
 }

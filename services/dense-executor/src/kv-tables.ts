@@ -32,7 +32,7 @@ export interface KvTablesOptions {
 }
 
 /** What is asked of the kv-manager here. */
-export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'holdsLease'>;
+export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'holdsLease' | 'leaseTerm'>;
 
 const RETRY_MS = 1_000;
 
@@ -66,9 +66,9 @@ export class KvTables implements KvEvents {
     scheduler.windowTokens = maxWindowTokens(layout);
   }
 
-  /** False while blocks may have been given to others: no step may start. */
-  get mayWrite(): boolean {
-    return this.#kv?.holdsLease === true;
+  /** What a step that is formed now carries; undefined while blocks may have been given to others: none may start. */
+  get leaseTerm(): number | undefined {
+    return this.#kv?.holdsLease === true ? this.#kv.leaseTerm : undefined;
   }
 
   get #blockSizeTokens(): number {

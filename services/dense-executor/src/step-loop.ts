@@ -19,6 +19,9 @@ import { buildStep } from './scheduling/step-builder.ts';
 import type { StepDone, StepFailed } from './worker/messages.ts';
 import type { WorkerPool } from './worker-pool.ts';
 
+/** What is asked of the workers here. */
+export type StepRunner = Pick<WorkerPool, 'run' | 'waveOnWorker' | 'broadcast'>;
+
 export interface StepLoopOptions {
   readonly requests: RunningRequests;
   readonly scheduler: Scheduler;
@@ -34,7 +37,7 @@ const HOLD_MS = 200;
 export class StepLoop {
   readonly #options: StepLoopOptions;
   readonly #steps: (readonly StepEntry[] | undefined)[];
-  #pool: WorkerPool | undefined;
+  #pool: StepRunner | undefined;
   #numSteps = 0;
   #hold: NodeJS.Timeout | undefined;
 
@@ -43,7 +46,7 @@ export class StepLoop {
     this.#steps = Array.from({ length: options.scheduler.numWaves }, () => undefined);
   }
 
-  connect(pool: WorkerPool): void {
+  connect(pool: StepRunner): void {
     this.#pool = pool;
   }
 
@@ -55,14 +58,15 @@ export class StepLoop {
   pump(): void {
     const { scheduler, tables, metrics } = this.#options;
     const pool = this.#pool;
-    if (pool === undefined || !tables.mayWrite) return;
+    const { leaseTerm } = tables;
+    if (pool === undefined || leaseTerm === undefined) return;
     for (let wave = 0; wave < this.#steps.length; wave++) {
       if (this.#steps[wave] !== undefined) continue;
       const startedMs = performance.now();
       const entries = scheduler.formStep(wave);
       if (entries.length > 0) {
         const stepId = this.#numSteps++ >>> 0;
-        const { step, transfer } = buildStep(entries, scheduler, pool.waveOnWorker(wave), stepId);
+        const { step, transfer } = buildStep(entries, scheduler, pool.waveOnWorker(wave), stepId, leaseTerm);
         this.#steps[wave] = entries;
         for (const { request } of entries) request.isInStep = true;
         pool.run(wave, step, transfer);
@@ -127,10 +131,10 @@ export class StepLoop {
   }
 
   #holdBack(held: GenerationRequest): void {
-    held.isHeld = true;
+    held.isHeldBack = true;
     this.#hold ??= setTimeout(() => {
       this.#hold = undefined;
-      for (const request of this.#options.requests.all()) request.isHeld = false;
+      for (const request of this.#options.requests.all()) request.isHeldBack = false;
       this.pump();
     }, HOLD_MS).unref();
   }

@@ -27,6 +27,7 @@ interface Case {
 /** A kv-manager with one table. */
 class FakeKv implements KvCalls {
   readonly holdsLease = true;
+  readonly leaseTerm = 1;
   readonly #blockSizeTokens: number;
   #numBlocks = 0;
   #numFreed = 0;
@@ -116,7 +117,7 @@ async function runToTheEnd(each: Case): Promise<void> {
     const [entry] = scheduler.formStep(0);
     if (entry !== undefined) {
       // Throws when the table lacks a block that some query sees or that a token is stored in.
-      buildStep([entry], scheduler, 0, numSteps);
+      buildStep([entry], scheduler, 0, numSteps, 1);
       subject.isInStep = true;
     }
     tables.extendAhead(subject);

@@ -138,6 +138,35 @@ describe('request machine', () => {
     clock.increment(1);
     expect(failures[0]?.code).toBe('deadline_exceeded');
   });
+
+  it.each([2 ** 31, 3e9, Number.MAX_SAFE_INTEGER])(
+    'takes a deadline in %s ms, beyond all timers, for none',
+    (deadlineMs) => {
+      const { actor, clock, failures, phases } = startRequest({ deadlineMs });
+      clock.increment(2 ** 31 - 2);
+      expect(failures).toEqual([]);
+      expect(phases).toEqual(['queued']);
+      actor.send({ type: 'CANCEL' });
+      expect(phases.at(-1)).toBe('cancelled');
+    },
+  );
+
+  it('ends without a word when another executor has taken it over, wherever it is', async () => {
+    const over = new LaminaError('duplicate_id', 'taken over');
+    const refused = startRequest({ allocate: () => Promise.reject(over) });
+    refused.actor.send({ type: 'ADMIT' });
+    await settle();
+    const running = startRequest();
+    running.actor.send({ type: 'ADMIT' });
+    await settle();
+    running.actor.send({ type: 'TAKEN_OVER' });
+    for (const { actor, phases, releaseKv, emitCancelled, failures } of [refused, running]) {
+      expect(phases.at(-1)).toBe('handedOver');
+      expect(actor.getSnapshot().status).toBe('done');
+      expect(releaseKv).toHaveBeenCalledOnce();
+      expect([emitCancelled.mock.calls.length, failures.length]).toEqual([0, 0]);
+    }
+  });
 });
 
 describe('layer cycle', () => {

@@ -107,7 +107,7 @@ describe('buildStep', () => {
             }
             return { request: made, start, numTokens: Math.min(spec.chunk, spec.numTokens - start), kvGeneration: 0 };
           });
-          const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens }, 1, 42);
+          const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens }, 1, 42, 1);
           const seenBlocks = new Map<string, number>();
           const storedRows = new Set<number>();
           for (const part of step.shards) {

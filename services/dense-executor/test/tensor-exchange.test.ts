@@ -1,4 +1,7 @@
-/** Dispatch and gather of one wave against shards that answer what the test says: sinks are counted once on every path. */
+/**
+ * Dispatch and gather of one wave against shards that answer what the test says: sinks are counted once on every path, a
+ * step that fails says why, and nothing is written without the lease.
+ */
 import {
   emptyFrameHeader,
   FRAME_HEADER_BYTES,
@@ -7,7 +10,9 @@ import {
   readFrameHeader,
   writeFrameHeader,
 } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
 import { describe, expect, test } from 'vitest';
+import { KvLease } from '../src/kv-lease.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
 import type { ModelDims } from '../src/worker/messages.ts';
 import { TensorExchange } from '../src/worker/tensor-exchange.ts';
@@ -19,36 +24,82 @@ const SINKS = [
   [40, 1e4],
 ];
 
-/** One decoding query whose blocks lie on `shards`; every shard answers o = its number + 1 and lse = its number. */
-async function gather(shards: string[], dims: ModelDims): Promise<Float32Array[]> {
-  const subject = request({ numPromptTokens: 40, numComputed: 39, phase: 'decode', shards });
-  const entry = { request: subject, start: 39, numTokens: 1, kvGeneration: 0 };
-  const { step } = buildStep([entry], { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY }, 0, 7);
-  const sent: FrameHeader[] = [];
-  const exchange = new TensorExchange(dims, {
-    maxPayloadBytes: 1 << 20,
-    publish: (_, data) => {
-      const header = emptyFrameHeader();
-      readFrameHeader(data, header);
-      if (header.kind === FRAME_KIND.attend) sent.push(header);
-    },
-  });
-  exchange.begin(step, { ...emptyFrameHeader(), stepId: 7 }, (shardId) => shardId, 'reply');
-  const layers: Float32Array[] = [];
-  for (let layer = 0; layer < dims.numLayers; layer++) {
-    const answered = exchange.dispatch(layer, new Float32Array(16), new Float32Array(8), new Float32Array(8));
-    for (const asked of sent.splice(0)) {
-      const body = new Float32Array(2 * 8 + 2).fill(asked.shardIndex + 1, 0, 16).fill(asked.shardIndex, 16);
-      const header = { ...asked, kind: FRAME_KIND.partial, bodyBytes: body.byteLength };
-      const frame = new Uint8Array(FRAME_HEADER_BYTES + body.byteLength);
-      writeFrameHeader(frame, header);
-      frame.set(new Uint8Array(body.buffer), FRAME_HEADER_BYTES);
-      expect(exchange.receive(frame, header)).toBe(true);
-    }
-    await answered;
-    layers.push(exchange.gathered().slice());
+/** One step of one decoding query whose blocks lie on `shards`. */
+class Step {
+  readonly lease = new KvLease();
+  /** Layers that were sent and not answered. */
+  readonly sent: FrameHeader[] = [];
+  readonly replySubjects: (string | undefined)[] = [];
+  readonly exchange: TensorExchange;
+
+  constructor(shards: string[], dims = DIMS) {
+    this.exchange = new TensorExchange(
+      dims,
+      {
+        maxPayloadBytes: 1 << 20,
+        publish: (_, data, reply) => {
+          const header = emptyFrameHeader();
+          readFrameHeader(data, header);
+          if (header.kind === FRAME_KIND.attend) this.sent.push(header);
+          else this.replySubjects.push(reply);
+        },
+      },
+      this.lease,
+    );
+    this.hold();
+    this.begin(shards, 7);
   }
-  return layers;
+
+  hold(): void {
+    this.lease.renew(this.lease.mark(), 60_000, false);
+  }
+
+  /** The lease is over. */
+  lose(): void {
+    this.lease.renew(this.lease.mark(), 0, false);
+  }
+
+  begin(shards: string[], stepId: number): void {
+    this.sent.length = 0;
+    const subject = request({ numPromptTokens: 40, numComputed: 39, phase: 'decode', shards });
+    const entry = { request: subject, start: 39, numTokens: 1, kvGeneration: 0 };
+    const { step } = buildStep(
+      [entry],
+      { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY },
+      0,
+      stepId,
+      this.lease.term,
+    );
+    const header = { ...emptyFrameHeader(), stepId };
+    this.exchange.begin(
+      step,
+      header,
+      (shardId) => shardId,
+      (shardIndex) => `reply.${shardIndex}`,
+    );
+  }
+
+  dispatch(layer: number): Promise<void> {
+    return this.exchange.dispatch(layer, new Float32Array(16), new Float32Array(8), new Float32Array(8));
+  }
+
+  /** A shard answers o = its number + 1 and lse = its number. */
+  answer(asked: FrameHeader): boolean {
+    const body = new Float32Array(2 * 8 + 2).fill(asked.shardIndex + 1, 0, 16).fill(asked.shardIndex, 16);
+    const header = { ...asked, kind: FRAME_KIND.partial, bodyBytes: body.byteLength };
+    const frame = new Uint8Array(FRAME_HEADER_BYTES + body.byteLength);
+    writeFrameHeader(frame, header);
+    frame.set(new Uint8Array(body.buffer), FRAME_HEADER_BYTES);
+    return this.exchange.receive(frame, header);
+  }
+
+  /** Runs one layer to its end. */
+  async layer(layer: number): Promise<Float32Array> {
+    const answered = this.dispatch(layer);
+    for (const asked of this.sent.splice(0)) expect(this.answer(asked)).toBe(true);
+    await answered;
+    return this.exchange.gathered().slice();
+  }
 }
 
 describe.each([
@@ -59,8 +110,9 @@ describe.each([
     ['no sinks', DIMS],
     ['the sinks of the layer', { ...DIMS, sinkLogits: SINKS }],
   ])('%s', async (_, dims) => {
-    const layers = await gather(shards, dims);
-    layers.forEach((attention, layer) => {
+    const step = new Step(shards, dims);
+    for (let layer = 0; layer < dims.numLayers; layer++) {
+      const attention = await step.layer(layer);
       for (let head = 0; head < 2; head++) {
         const weights = shards.map((_, shard) => Math.exp(shard));
         const sink = dims.sinkLogits === undefined ? 0 : Math.exp(SINKS[layer]![head]!);
@@ -68,6 +120,84 @@ describe.each([
         const want = weights.reduce((total, weight, shard) => total + (weight / sum) * (shard + 1), 0);
         for (const value of attention.subarray(head * 8, head * 8 + 8)) expect(value).toBeCloseTo(want, 6);
       }
-    });
+    }
+  });
+});
+
+describe('a step that fails', () => {
+  test('because the lease ended between two layers sends nothing more, and blames no shard', async () => {
+    const step = new Step(['a', 'b']);
+    await step.layer(0);
+    step.lose();
+    await expect(step.dispatch(1)).rejects.toMatchObject({ code: 'unavailable', diagnostics: {} });
+    expect(step.sent).toEqual([]);
+    // Held again: the next step is another one, the rest of this one stays unsent.
+    step.exchange.fail(new LaminaError('unavailable', 'lease'), []);
+    step.hold();
+    await expect(step.dispatch(1)).rejects.toMatchObject({ message: 'lease' });
+    expect(step.sent).toEqual([]);
+  });
+
+  test('because the lease was over for a while sends nothing more, though it is held again', async () => {
+    const step = new Step(['a', 'b']);
+    await step.layer(0);
+    step.lose();
+    step.hold();
+    await expect(step.dispatch(1)).rejects.toMatchObject({ code: 'unavailable' });
+    expect(step.sent).toEqual([]);
+    step.begin(['a', 'b'], 8);
+    await step.layer(0);
+    // The kv-manager had forgotten this executor, whatever the clock says.
+    step.lease.renew(step.lease.mark(), 60_000, true);
+    await expect(step.dispatch(1)).rejects.toMatchObject({ code: 'unavailable' });
+    expect(step.sent).toEqual([]);
+  });
+
+  test('because a shard does not listen says which, while a layer is waited for and while none is', async () => {
+    const step = new Step(['a', 'b']);
+    expect(step.replySubjects).toEqual(['reply.0', 'reply.1']);
+    step.exchange.shardIsGone(1);
+    const why = { code: 'unavailable', message: 'b does not listen', diagnostics: { shardIds: ['b'] } };
+    await expect(step.dispatch(0)).rejects.toMatchObject(why);
+    expect(step.sent).toEqual([]);
+
+    step.begin(['a', 'b'], 8);
+    const answered = step.dispatch(0);
+    step.exchange.shardIsGone(1);
+    await expect(answered).rejects.toMatchObject(why);
+
+    step.begin(['a', 'b'], 9);
+    step.exchange.shardIsGone(2);
+    await step.layer(0);
+  });
+
+  test('keeps its reason when more goes wrong, and leaves none to the next step', async () => {
+    const step = new Step(['a', 'b']);
+    const answered = step.dispatch(0);
+    for (const asked of step.sent.splice(0)) step.answer(asked);
+    // Answered, and before the wave goes on the connection breaks.
+    step.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
+    await answered;
+    expect(() => step.exchange.gathered()).toThrow('the connection to NATS was lost');
+    await expect(step.dispatch(1)).rejects.toMatchObject({ message: 'the connection to NATS was lost' });
+
+    step.begin(['a', 'b'], 8);
+    await step.layer(0);
+    const failing = step.dispatch(1);
+    step.exchange.receiveFailure({ ...step.sent[0]!, shardIndex: 1 }, new LaminaError('numeric_error', 'NaN'));
+    await expect(failing).rejects.toMatchObject({ code: 'numeric_error', diagnostics: { shardIds: ['b'] } });
+  });
+
+  test('takes no answer of another step, layer or shard, nor one twice', async () => {
+    const step = new Step(['a', 'b']);
+    const answered = step.dispatch(0);
+    const [first, second] = step.sent.splice(0);
+    for (const other of [{ stepId: 6 }, { layer: 1 }, { shardIndex: 2 }])
+      expect(step.answer({ ...first!, ...other })).toBe(false);
+    expect([step.answer(first!), step.answer(first!)]).toEqual([true, false]);
+    expect(step.exchange.waitingShardIds).toEqual(['b']);
+    expect(step.answer(second!)).toBe(true);
+    await answered;
+    expect(step.answer(second!)).toBe(false);
   });
 });

@@ -145,6 +145,22 @@ describe('tokens', () => {
   });
 });
 
+describe('an end that knows of fewer tokens than were relayed, as of an executor that took over', () => {
+  test.each([
+    ['without a token', { token: null, finish_reason: 'cancelled' as const }],
+    ['with one', { token: 5, finish_reason: 'stop' as const }],
+  ])('%s ends the answer after them', async (_, end) => {
+    const { relay, state, indices, isClean } = bench();
+    await relay.submit(item);
+    for (const index of [0, 1, 2]) state.live?.(bytes(token(index)));
+    state.live?.(bytes(token(0)));
+    state.live?.(bytes({ id: 'r', index: 1, text: 'x', ...end }));
+    expect(indices()).toEqual([0, 1, 2, 3]);
+    expect(state.sent.at(-1)).toMatchObject({ token: null, text: '', finish_reason: end.finish_reason });
+    expect(isClean()).toBe(true);
+  });
+});
+
 describe('cancel', () => {
   test('is answered by the gateway when the request was still queued', async () => {
     const { relay, state, isClean } = bench();
@@ -164,10 +180,43 @@ describe('cancel', () => {
     await relay.submit(item);
     state.live?.(bytes(token(0)));
     relay.cancel();
-    await vi.advanceTimersByTimeAsync(5_000);
+    await vi.advanceTimersByTimeAsync(3_000);
     expect(state.published).toEqual([]);
     expect(state.cancels).toBeGreaterThan(1);
     state.stored?.(bytes({ id: 'r', index: 1, token: null, text: '', finish_reason: 'cancelled' }));
+    expect(state.outcomes).toEqual(['cancelled']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('of a request whose executor died is answered by the gateway, which removes the item', async () => {
+    const removed: number[] = [];
+    const { relay, state, indices, isClean } = bench({
+      submit: async () => 17,
+      remove: async (sequence) => removed.push(sequence) > 0,
+    });
+    await relay.submit(item);
+    state.live?.(bytes(token(0), token(1)));
+    relay.cancel();
+    await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS + 2_000);
+    expect([state.outcomes, removed]).toEqual([[], []]);
+    await vi.advanceTimersByTimeAsync(1_000);
+    expect(indices()).toEqual([0, 1, 2]);
+    expect(state.sent.at(-1)).toMatchObject({
+      token: null,
+      finish_reason: 'cancelled',
+      usage: { completion_tokens: 2 },
+    });
+    expect(state.published).toEqual([state.sent.at(-1)]);
+    expect(removed).toEqual([17]);
+    expect(state.cancels).toBe(4);
+    expect(isClean()).toBe(true);
+  });
+
+  test('of such a request is answered also when the queue cannot be reached', async () => {
+    const { relay, state, isClean } = bench({ remove: () => Promise.reject(new Error('no queue')) });
+    await relay.submit(item);
+    relay.cancel();
+    await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS + 3_000);
     expect(state.outcomes).toEqual(['cancelled']);
     expect(isClean()).toBe(true);
   });
@@ -189,6 +238,16 @@ describe('a deadline', () => {
     expect(state.sent).toEqual([]);
     await vi.advanceTimersByTimeAsync(1);
     expect(state.outcomes).toEqual(['deadline_exceeded']);
+    expect(isClean()).toBe(true);
+  });
+
+  test('that passes while no executor has the request is answered by the gateway', async () => {
+    const { relay, state, isClean } = bench();
+    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    state.live?.(bytes(token(0)));
+    await vi.advanceTimersByTimeAsync(1_000 + EXECUTOR_ANSWER_MS + 3_000);
+    expect(state.outcomes).toEqual(['deadline_exceeded']);
+    expect(state.sent.at(-1)).toMatchObject({ index: 1, token: null, error: { code: 'deadline_exceeded' } });
     expect(isClean()).toBe(true);
   });
 

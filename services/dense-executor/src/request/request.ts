@@ -37,7 +37,7 @@ export class GenerationRequest {
   /** Wanted more blocks and was refused: it waits for capacity. */
   isStarved = false;
   /** A shard of it did not listen: it is tried again in a moment. */
-  isHeld = false;
+  isHeldBack = false;
   /** Its KV is to be freed as soon as the step in flight ends. */
   isReleasePending = false;
   /** A shard with blocks of it went away while a step was in flight. */
@@ -72,7 +72,7 @@ export class GenerationRequest {
   }
 
   get isRunnable(): boolean {
-    return (this.phase === 'prefill' || this.phase === 'decode') && !this.isInStep && !this.isHeld;
+    return (this.phase === 'prefill' || this.phase === 'decode') && !this.isInStep && !this.isHeldBack;
   }
 
   hasBlocksOn(shardId: string): boolean {

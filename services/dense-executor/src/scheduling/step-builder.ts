@@ -71,6 +71,7 @@ export function buildStep(
   { blockSizeTokens, windowTokens, shortSequences = null }: StepShape,
   waveIndex: number,
   stepId: number,
+  leaseTerm: number,
 ): { step: StepRequest; transfer: ArrayBuffer[] } {
   let numTokens = 0;
   for (const entry of entries) numTokens += entry.numTokens;
@@ -115,6 +116,7 @@ export function buildStep(
     kind: 'step',
     waveIndex,
     stepId,
+    leaseTerm,
     tokenIds,
     positionIds,
     sampledRows: Int32Array.from(sampledRows),

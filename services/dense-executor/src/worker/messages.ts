@@ -53,6 +53,8 @@ export interface StepRequest {
   readonly kind: 'step';
   readonly waveIndex: number;
   readonly stepId: number;
+  /** Term of the KvLease in which its blocks were this executor's. */
+  readonly leaseTerm: number;
   /** [numTokens] */
   readonly tokenIds: BigInt64Array<ArrayBuffer>;
   /** [numTokens] absolute positions. */

@@ -7,7 +7,8 @@
  * 2. A message buffer is written again only after its shard has answered, so the client has sent it.
  *    After a failed step that is not known, and the buffers are dropped.
  * 3. Partials are merged in the order of the shards, not of arrival: the same inputs give the same bits.
- * 4. Nothing is dispatched while the executor does not hold its lease: the blocks may be other requests' by now.
+ * 4. Nothing is dispatched unless the executor has held its lease since the step was formed: else the blocks may be other
+ *    requests' by now.
  * 5. A frame of another step, layer or origin, or a repeated one, changes nothing.
  */
 import {
@@ -90,12 +91,13 @@ class ShardLink {
 export class TensorExchange {
   readonly #dims: ModelDims;
   readonly #transport: TensorTransport;
-  readonly #lease: Pick<KvLease, 'isHeld'>;
+  readonly #lease: Pick<KvLease, 'allows'>;
   readonly #gather: AttentionGather;
   #links: ShardLink[] = [];
   #merged = new Float32Array(0);
   #numTokens = 0;
   #stepId = -1;
+  #leaseTerm = -1;
   #layer = -1;
   #numWaiting = 0;
   #resolve: (() => void) | undefined;
@@ -105,7 +107,7 @@ export class TensorExchange {
   /** performance.now() of the last dispatch; NaN while nothing is waited for. */
   dispatchedAtMs = Number.NaN;
 
-  constructor(dims: ModelDims, transport: TensorTransport, lease: Pick<KvLease, 'isHeld'>) {
+  constructor(dims: ModelDims, transport: TensorTransport, lease: Pick<KvLease, 'allows'>) {
     this.#dims = dims;
     this.#lease = lease;
     this.#transport = transport;
@@ -121,6 +123,7 @@ export class TensorExchange {
   ): void {
     this.#numTokens = step.tokenIds.length;
     this.#stepId = step.stepId;
+    this.#leaseTerm = step.leaseTerm;
     this.#layer = -1;
     this.#failure = undefined;
     this.#links = step.shards.map((part, shardIndex) => {
@@ -161,7 +164,7 @@ export class TensorExchange {
    */
   dispatch(layer: number, query: Float32Array, key: Float32Array, value: Float32Array): Promise<void> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
-    if (!this.#lease.isHeld) return Promise.reject(leaseEnded());
+    if (!this.#lease.allows(this.#leaseTerm)) return Promise.reject(leaseEnded());
     const { numHeads, numKvHeads, headDim } = this.#dims;
     this.#layer = layer;
     this.#numWaiting = this.#links.length;
@@ -210,7 +213,8 @@ export class TensorExchange {
   /** Nobody listens to what was sent to a shard: it died, or it is about to connect again. */
   shardIsGone(shardIndex: number): void {
     const link = this.#links[shardIndex];
-    if (link !== undefined) this.fail(new LaminaError('unavailable', `${link.shardId} does not listen`), [link.shardId]);
+    if (link !== undefined)
+      this.fail(new LaminaError('unavailable', `${link.shardId} does not listen`), [link.shardId]);
   }
 
   /** A shard says that it cannot answer: fails the step it names, if that is in flight. */

@@ -31,7 +31,7 @@ export class Wave {
     layerCycle: Uint8Array;
     originId: number;
     replySubjectOf: (waveIndex: number, shardIndex: number) => string;
-    lease: Pick<KvLease, 'isHeld'>;
+    lease: Pick<KvLease, 'allows'>;
   }) {
     this.#dims = options.dims;
     this.#session = options.session;

@@ -1,0 +1,188 @@
+/**
+ * An executor with its real requests, machines, scheduler and block tables, between a kv-manager and workers that do what
+ * the test says.
+ */
+import { fileURLToPath } from 'node:url';
+import type { WorkLease } from '@lamina/bus';
+import { loadTokenizer, readModel } from '@lamina/model';
+import type { BlockRef, TokenMessage } from '@lamina/protocol';
+import { createLogger, Registry } from '@lamina/runtime';
+import { type ErrorCode, type KvLayout, LaminaError } from '@lamina/tensor';
+import { Executor } from '../src/executor.ts';
+import type { KvCalls } from '../src/kv-tables.ts';
+import { ExecutorMetrics } from '../src/metrics.ts';
+import type { GenerationRequest } from '../src/request/request.ts';
+import { Scheduler } from '../src/scheduling/scheduler.ts';
+import type { StepRequest } from '../src/worker/messages.ts';
+
+const MODEL = fileURLToPath(new URL('../../../models/lamina-tiny', import.meta.url));
+const tokenizer = await loadTokenizer(MODEL);
+const description = await readModel(MODEL);
+
+export const BLOCK = 16;
+const LAYOUT: KvLayout = { ...description.attention, blockSizeTokens: BLOCK, kvDtype: 'f32' };
+
+/** A call that waits for the test to answer it. */
+export interface KvCall {
+  readonly kind: 'allocate' | 'extend';
+  readonly requestId: string;
+  /** Blocks that the caller knows of. */
+  readonly numBlocks: number;
+  readonly numTokens: number;
+  readonly deliveryCount: number;
+  /** Gives block number `first` and following of `shardId`. */
+  give(count: number, shardId?: string, first?: number): void;
+  refuse(code: ErrorCode): void;
+}
+
+/** A kv-manager that leaves every answer to the test. Frees are confirmed. */
+export class ScriptedKv implements KvCalls {
+  holdsLease = true;
+  leaseTerm = 1;
+  /** All calls in order: `allocate r`, `free r`. */
+  readonly log: string[] = [];
+  readonly #open: KvCall[] = [];
+
+  /** The oldest unanswered call. */
+  next(): KvCall {
+    const call = this.#open.shift();
+    if (call === undefined) throw new Error(`nothing was asked; so far ${this.log.join(', ')}`);
+    return call;
+  }
+
+  get numOpen(): number {
+    return this.#open.length;
+  }
+
+  #ask(call: Omit<KvCall, 'give' | 'refuse'>): Promise<BlockRef[]> {
+    this.log.push(`${call.kind} ${call.requestId}`);
+    return new Promise((resolve, reject) => {
+      this.#open.push({
+        ...call,
+        give: (count, shardId = 'a', first = 0) =>
+          resolve(Array.from({ length: count }, (_, i) => ({ shardId, block: first + i }))),
+        refuse: (code) => reject(new LaminaError(code, 'scripted')),
+      });
+    });
+  }
+
+  allocate(requestId: string, numTokens: number, _maxTokens: number, deliveryCount: number): Promise<BlockRef[]> {
+    return this.#ask({ kind: 'allocate', requestId, numBlocks: 0, numTokens, deliveryCount });
+  }
+
+  extend(requestId: string, numBlocks: number, numTokens: number): Promise<BlockRef[]> {
+    return this.#ask({ kind: 'extend', requestId, numBlocks, numTokens, deliveryCount: 0 });
+  }
+
+  trim(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  free(requestId: string): Promise<void> {
+    this.log.push(`free ${requestId}`);
+    return Promise.resolve();
+  }
+}
+
+export interface BenchRequest {
+  readonly id: string;
+  readonly numPromptTokens: number;
+  readonly maxTokens: number;
+  readonly deliveryCount?: number;
+  readonly deadlineAtMs?: number;
+}
+
+/** One executor of two waves. */
+export class Bench {
+  readonly executor: Executor;
+  readonly metrics: ExecutorMetrics;
+  /** Messages of all answers. */
+  readonly messages: TokenMessage[] = [];
+  readonly completed: string[] = [];
+  /** Steps in flight by wave. */
+  readonly steps = new Map<number, StepRequest>();
+
+  constructor(kv: KvCalls) {
+    this.metrics = new ExecutorMetrics(new Registry(), { running: () => 0, waves: () => 0 });
+    this.executor = new Executor({
+      description,
+      tokenizer,
+      scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256 }, 2),
+      tokens: {
+        isClosed: false,
+        stored: () => Promise.resolve([]),
+        publish: (tokens) => {
+          this.messages.push(...tokens);
+          return Promise.resolve(true);
+        },
+      },
+      metrics: this.metrics,
+      log: createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' }),
+    });
+    const pool = {
+      run: (wave: number, step: StepRequest) => void this.steps.set(wave, step),
+      waveOnWorker: (wave: number) => wave,
+      broadcast: () => undefined,
+    };
+    this.executor.connect(kv, pool, LAYOUT);
+  }
+
+  admit({ id, numPromptTokens, maxTokens, deliveryCount = 1, deadlineAtMs }: BenchRequest): void {
+    const lease: WorkLease = {
+      item: {
+        id,
+        model: description.modelId,
+        tokenIds: Array.from({ length: numPromptTokens }, (_, i) => 5 + i),
+        maxTokens,
+        sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
+        stop: [],
+        logprobs: null,
+        ignoreEos: true,
+        priority: 0,
+        deadlineAtMs: deadlineAtMs ?? null,
+        encoding: 'json',
+        submittedAtMs: 0,
+      },
+      deliveryCount,
+      renew: () => undefined,
+      complete: () => this.completed.push(id),
+      release: () => undefined,
+    };
+    this.executor.admit(lease);
+  }
+
+  request(id: string): GenerationRequest {
+    const request = this.executor.requests.get(id);
+    if (request === undefined) throw new Error(`no request ${id}`);
+    return request;
+  }
+
+  /** Ends the step that a wave has in flight. */
+  finish(wave: number): void {
+    const step = this.steps.get(wave);
+    if (step === undefined) throw new Error(`wave ${wave} is idle`);
+    this.steps.delete(wave);
+    const count = step.sampledRows.length;
+    this.executor.steps.onStepDone(wave, {
+      kind: 'stepDone',
+      waveIndex: step.waveIndex,
+      stepId: step.stepId,
+      tokens: new Int32Array(count).fill(100),
+      logprobs: new Float64Array(count).fill(Number.NaN),
+      topLogprobs: null,
+      timings: { denseMs: 0, waitMs: 0, codecMs: 0, sampleMs: 0, totalMs: 0 },
+    });
+  }
+
+  failStep(wave: number, code: ErrorCode, shardIds: readonly string[]): void {
+    const { waveIndex, stepId } = this.steps.get(wave)!;
+    this.steps.delete(wave);
+    const why = { code, message: 'scripted', shardIds };
+    this.executor.steps.onStepFailed(wave, { kind: 'stepFailed', waveIndex, stepId, ...why });
+  }
+}
+
+/** Lets promises and what follows from them run. */
+export async function settle(): Promise<void> {
+  for (let turn = 0; turn < 4; turn++) await new Promise((resolve) => setImmediate(resolve));
+}

@@ -1,0 +1,128 @@
+/** Answers as they are stored: whole, in order and once, though nats-server dies in the middle and executors take over. */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { AnswerWriter, type Bus, ensureStreams, TokenStream } from '@lamina/bus';
+import { decodeTokens, type TokenMessage } from '@lamina/protocol';
+import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
+import { afterEach, beforeEach, expect, test } from 'vitest';
+import { connect, eventually } from './in-process.ts';
+
+let storeDir: string;
+let nats: NatsServer;
+let bus: Bus;
+let stream: TokenStream;
+let numErrors: number;
+
+beforeEach(async () => {
+  storeDir = mkdtempSync(join(tmpdir(), 'lamina-store-'));
+  nats = await startNatsServer({ storeDir });
+  bus = await connect(nats.url);
+  await ensureStreams(bus);
+  numErrors = 0;
+  stream = new TokenStream(bus, () => numErrors++);
+});
+afterEach(async () => {
+  await bus.close();
+  await nats.stop();
+  rmSync(storeDir, { recursive: true, force: true });
+});
+
+const token = (index: number, finish: TokenMessage['finish_reason'] = null): TokenMessage => ({
+  id: 'answer',
+  index,
+  token: index,
+  text: `t${index}`,
+  finish_reason: finish,
+});
+const end = (index: number): TokenMessage => ({
+  id: 'answer',
+  index,
+  token: null,
+  text: '',
+  finish_reason: 'cancelled',
+});
+
+/** Indices per stored message, up to the end of the answer. */
+async function stored(): Promise<number[][]> {
+  const messages: number[][] = [];
+  let isEnded = false;
+  const subscription = await stream.replay('answer', (data, isFinal) => {
+    messages.push(decodeTokens(data).map(({ index }) => index));
+    isEnded = isFinal;
+  });
+  await eventually(() => (isEnded ? true : undefined));
+  subscription.unsubscribe();
+  return messages;
+}
+
+const upTo = (count: number): number[] => Array.from({ length: count }, (_, index) => index);
+
+test('nats-server is killed twice in the middle: every token is stored once and in order', async () => {
+  const writer = new AnswerWriter(stream, 'json');
+  const numTokens = 400;
+  for (let index = 0; index < numTokens; index++) {
+    writer.push(token(index, index === numTokens - 1 ? 'length' : null));
+    if (index === 100 || index === 250) {
+      await nats.kill();
+      // Tokens go on while nothing can be stored.
+      setTimeout(() => void startNatsServer({ storeDir, port: nats.port }).then((started) => (nats = started)), 300);
+    }
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+  expect(await writer.stored()).toBe(true);
+  expect(numErrors).toBeGreaterThan(0);
+  const messages = await stored();
+  expect(messages.flat()).toEqual(upTo(numTokens));
+  expect(messages.length).toBeGreaterThan(100);
+}, 30_000);
+
+test('an executor that takes over groups the tokens otherwise: none is lost', async () => {
+  const former = new AnswerWriter(stream, 'json');
+  // The first goes alone, the rest while it is under way.
+  former.push(token(0));
+  former.push(token(1));
+  former.push(token(2));
+  await former.stored();
+  former.push(token(3));
+  await former.stored();
+  const next = new AnswerWriter(stream, 'json');
+  next.push(token(0));
+  await next.stored();
+  for (const index of [1, 2, 3, 4, 5]) next.push(token(index, index === 5 ? 'stop' : null));
+  await next.stored();
+  const indices = (await stored()).flat();
+  expect(indices.filter((index, at) => indices.indexOf(index) === at)).toEqual(upTo(6));
+});
+
+test('an end without a token is a message of its own, stored once whoever writes it', async () => {
+  const executor = new AnswerWriter(stream, 'json');
+  for (const message of [token(0), token(1), token(2), end(3)]) executor.push(message);
+  await executor.stored();
+  expect(await stream.publish([end(2)], 'json')).toBe(true);
+  expect(await stored()).toEqual([[0], [1, 2], [3]]);
+});
+
+test('however much waits, a message stays far below what the server takes', async () => {
+  const writer = new AnswerWriter(stream, 'json');
+  const alternatives = Array.from({ length: 20 }, (_, i) => ({
+    token: i,
+    text: 'alternative',
+    logprob: -1.234567890123,
+  }));
+  for (let index = 0; index < 2_000; index++)
+    writer.push({ ...token(index, index === 1_999 ? 'stop' : null), logprob: -1, top_logprobs: alternatives });
+  expect(await writer.stored()).toBe(true);
+  expect((await stored()).flat()).toEqual(upTo(2_000));
+  expect(numErrors).toBe(0);
+});
+
+test('what cannot be stored because the bus was closed is said, also when asked later', async () => {
+  const writer = new AnswerWriter(stream, 'json');
+  await nats.kill();
+  writer.push(token(0));
+  const isStored = writer.stored();
+  await bus.connection.close();
+  expect(await isStored).toBe(false);
+  expect(await writer.stored()).toBe(false);
+}, 10_000);
