@@ -12,7 +12,7 @@ import type { TokenStream } from './token-stream.ts';
 
 const RETRY_MS = 250;
 /** A message must not outgrow what the server takes, however long nothing could be stored. */
-const MAX_TOKENS_PER_MESSAGE = 100000;
+const MAX_TOKENS_PER_MESSAGE = 128;
 
 export class AnswerWriter {
   readonly #stream: Pick<TokenStream, 'publish' | 'isClosed'>;
