@@ -42,12 +42,12 @@ afterAll(async () => {
 
 function start(
   settings: ServiceSettings,
-  counts: { attentionShards?: number; denseExecutors?: number } = {},
+  options: { attentionShards?: number; denseExecutors?: number; onExit?: () => void } = {},
 ): Promise<Cluster> {
   return startCluster({
     attentionShards: 2,
     denseExecutors: 1,
-    ...counts,
+    ...options,
     natsPort: 0,
     httpPort: 0,
     natsServer: process.env.LAMINA_NATS_SERVER ?? 'nats-server',
@@ -299,23 +299,10 @@ describe('elasticity', () => {
 
   it('loses no token when a shard is killed in the middle of a generation', async () => {
     let numEnded = 0;
-    cluster = await startCluster({
-      attentionShards: 3,
-      denseExecutors: 1,
-      natsPort: 0,
-      httpPort: 0,
-      natsServer: process.env.LAMINA_NATS_SERVER ?? 'nats-server',
-      environment: { PATH: process.env.PATH, HOME: process.env.HOME },
-      settings: {
-        model: MODEL,
-        cacheDir: join(scratch, 'cache'),
-        logLevel: 'error',
-        spreadAboveTokens: '32',
-        heartbeatIntervalMs: '100',
-        heartbeatTimeoutMs: '500',
-      },
-      onExit: () => numEnded++,
-    });
+    cluster = await start(
+      { logLevel: 'error', spreadAboveTokens: '32', heartbeatTimeoutMs: '500' },
+      { attentionShards: 3, onExit: () => numEnded++ },
+    );
     const running = cluster;
     const expected = await reference.greedy(tokenizer.encode(PROMPT), 400, { ignoreEos: true });
     const replies = await ask(

@@ -9,7 +9,7 @@
  * Invariants
  * 1. A message larger than the server's max_payload travels as several frames, in order, each with the whole header.
  * 2. (originId, waveIndex, stepId, layer) names one exchange; a shard echoes all four and shardIndex in its reply.
- * 3. Reading a header allocates nothing: fields are read into one reused record.
+ * 3. A header is read into one reused record; what it costs is one short-lived DataView.
  */
 import { LaminaError } from '@lamina/tensor';
 import { LIMITS } from './limits.ts';

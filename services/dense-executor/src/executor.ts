@@ -95,6 +95,7 @@ export class Executor {
   async #resume(lease: WorkLease): Promise<void> {
     const { tokens, log } = this.#options;
     const { id } = lease.item;
+    this.requests.arriving();
     try {
       const stored = await tokens.stored(id);
       log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.length }, 'taking a request up');
@@ -107,6 +108,8 @@ export class Executor {
         'the stored part of an answer cannot be read; handing the request back',
       );
       lease.release();
+    } finally {
+      this.requests.arrived();
     }
   }
 

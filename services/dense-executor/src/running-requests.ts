@@ -10,6 +10,8 @@ import type { GenerationRequest } from './request/request.ts';
 
 export class RunningRequests {
   readonly #byId = new Map<string, GenerationRequest>();
+  /** Requests that another executor began and whose stored part is being read. */
+  #numArriving = 0;
   #machineMs = 0;
   #onRemoved: (() => void)[] = [];
 
@@ -32,14 +34,30 @@ export class RunningRequests {
 
   remove(request: GenerationRequest): void {
     this.#byId.delete(request.id);
+    this.#wake();
+  }
+
+  /** A request that will be added later takes its place now. */
+  arriving(): void {
+    this.#numArriving++;
+  }
+
+  /** It was added, or will not be. */
+  arrived(): void {
+    this.#numArriving--;
+    this.#wake();
+  }
+
+  #wake(): void {
     const waiting = this.#onRemoved;
     this.#onRemoved = [];
     for (const resolve of waiting) resolve();
   }
 
-  /** Resolves when fewer than `limit` requests are here. */
+  /** Resolves when fewer than `limit` requests are here or about to be. */
   async below(limit: number): Promise<void> {
-    while (this.#byId.size >= limit) await new Promise<void>((resolve) => this.#onRemoved.push(resolve));
+    while (this.#byId.size + this.#numArriving >= limit)
+      await new Promise<void>((resolve) => this.#onRemoved.push(resolve));
   }
 
   send(request: GenerationRequest, event: RequestEvent): void {

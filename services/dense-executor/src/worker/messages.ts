@@ -2,7 +2,7 @@
  * Owns what the main thread and the worker threads of one executor tell each other.
  *
  * Invariants
- * 1. A wave has at most one step in flight; stepId grows by one per step of a worker.
+ * 1. A wave has at most one step in flight; stepId grows by one per step of the executor.
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
 import type { ErrorCode } from '@lamina/tensor';
