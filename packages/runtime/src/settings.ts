@@ -158,6 +158,14 @@ export const SETTINGS = {
     usedBy: ['dense-executor'],
     meaning: 'Prompt tokens of one request in one step.',
   }),
+  speculation: setting({
+    env: 'LAMINA_SPECULATION',
+    fallback: 'auto',
+    schema: z.enum(['auto', 'off']),
+    usedBy: ['dense-executor'],
+    meaning:
+      '`auto`: while few requests decode, tokens are guessed from the context and verified several at a time; the answer is the same.',
+  }),
   maxRunningRequests: setting({
     env: 'LAMINA_MAX_RUNNING_REQUESTS',
     fallback: '64',

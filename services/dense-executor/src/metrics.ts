@@ -10,6 +10,8 @@ export type StepPart = (typeof STEP_PARTS)[number];
 export class ExecutorMetrics {
   readonly generatedTokens: Counter;
   readonly prefilledTokens: Counter;
+  readonly draftedTokens: Counter;
+  readonly acceptedTokens: Counter;
   readonly steps: Counter;
   readonly failedSteps: Counter<'code'>;
   readonly recoveries: Counter;
@@ -23,6 +25,16 @@ export class ExecutorMetrics {
     this.prefilledTokens = new Counter({
       name: 'lamina_prefilled_tokens_total',
       help: 'Prompt tokens computed, those computed again included',
+      registers,
+    });
+    this.draftedTokens = new Counter({
+      name: 'lamina_drafted_tokens_total',
+      help: 'Tokens that were guessed from the context and verified',
+      registers,
+    });
+    this.acceptedTokens = new Counter({
+      name: 'lamina_accepted_tokens_total',
+      help: 'Guessed tokens that were right',
       registers,
     });
     this.steps = new Counter({ name: 'lamina_steps_total', help: 'Steps that were completed', registers });

@@ -16,7 +16,7 @@ import type { SampledToken } from './request/sampler.ts';
 import type { RunningRequests } from './running-requests.ts';
 import type { Scheduler, StepEntry } from './scheduling/scheduler.ts';
 import { buildStep } from './scheduling/step-builder.ts';
-import type { StepDone, StepFailed } from './worker/messages.ts';
+import { NOT_WANTED, type StepDone, type StepFailed } from './worker/messages.ts';
 import type { WorkerPool } from './worker-pool.ts';
 
 /** What is asked of the workers here. */
@@ -80,19 +80,40 @@ export class StepLoop {
     const { requests, metrics } = this.#options;
     const entries = this.#endStep(wave);
     let row = 0;
-    for (const { request, start, numTokens, kvGeneration } of entries) {
-      const isSampled = start + numTokens === request.tokens.length;
-      if (kvGeneration === request.kvGeneration) {
-        request.numComputed = start + numTokens;
+    for (const entry of entries) {
+      const { request, numTokens, draft } = entry;
+      const numComputed = entry.start + numTokens - draft.length;
+      const isSampled = numComputed === request.tokens.length;
+      if (entry.kvGeneration === request.kvGeneration) {
+        request.numComputed = numComputed;
         if (request.phase === 'prefill') metrics.prefilledTokens.inc(numTokens);
-        if (isSampled) this.#onSampled(request, result, row);
-        else requests.send(request, { type: 'CHUNK_READY' });
+        if (!isSampled) requests.send(request, { type: 'CHUNK_READY' });
+        else if (draft.length === 0) this.#onSampled(request, result, row);
+        else this.#onVerified(request, draft, result, row);
       }
-      if (isSampled) row++;
+      if (isSampled) row += 1 + draft.length;
     }
     this.#settle(entries);
     metrics.observeStep(result.timings);
     metrics.observe('machine', requests.takeMachineMs());
+  }
+
+  /** Tokens of one pass: each is the sampled one, and the next row counts while that is the drafted one. */
+  #onVerified(request: GenerationRequest, draft: readonly number[], result: StepDone, row: number): void {
+    const { kvGeneration } = request;
+    const { metrics } = this.#options;
+    let numAccepted = 0;
+    this.#onSampled(request, result, row);
+    while (numAccepted < draft.length && result.tokens[row + numAccepted + 1] !== NOT_WANTED) {
+      // The token before may have ended the request, or sent it back to the queue.
+      if (request.kvGeneration !== kvGeneration || request.phase !== 'decode') break;
+      numAccepted++;
+      request.numComputed++;
+      this.#onSampled(request, result, row + numAccepted);
+    }
+    request.lookup?.verified(draft.length, numAccepted);
+    metrics.draftedTokens.inc(draft.length);
+    metrics.acceptedTokens.inc(numAccepted);
   }
 
   #onSampled(request: GenerationRequest, result: StepDone, row: number): void {

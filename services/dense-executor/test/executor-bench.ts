@@ -86,7 +86,9 @@ export class ScriptedKv implements KvCalls {
 
 export interface BenchRequest {
   readonly id: string;
-  readonly numPromptTokens: number;
+  readonly numPromptTokens?: number;
+  /** Default: some numPromptTokens tokens. */
+  readonly tokenIds?: readonly number[];
   readonly maxTokens: number;
   readonly deliveryCount?: number;
   readonly deadlineAtMs?: number;
@@ -102,12 +104,12 @@ export class Bench {
   /** Steps in flight by wave. */
   readonly steps = new Map<number, StepRequest>();
 
-  constructor(kv: KvCalls) {
+  constructor(kv: KvCalls, speculation: 'auto' | 'off' = 'off') {
     this.metrics = new ExecutorMetrics(new Registry(), { running: () => 0, waves: () => 0 });
     this.executor = new Executor({
       description,
       tokenizer,
-      scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256 }, 2),
+      scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256, speculation }, 2),
       tokens: {
         isClosed: false,
         stored: () => Promise.resolve([]),
@@ -127,12 +129,12 @@ export class Bench {
     this.executor.connect(kv, pool, LAYOUT);
   }
 
-  admit({ id, numPromptTokens, maxTokens, deliveryCount = 1, deadlineAtMs }: BenchRequest): void {
+  admit({ id, numPromptTokens = 1, tokenIds, maxTokens, deliveryCount = 1, deadlineAtMs }: BenchRequest): void {
     const lease: WorkLease = {
       item: {
         id,
         model: description.modelId,
-        tokenIds: Array.from({ length: numPromptTokens }, (_, i) => 5 + i),
+        tokenIds: [...(tokenIds ?? Array.from({ length: numPromptTokens }, (_, i) => 5 + i))],
         maxTokens,
         sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
         stop: [],
@@ -157,8 +159,8 @@ export class Bench {
     return request;
   }
 
-  /** Ends the step that a wave has in flight. */
-  finish(wave: number): void {
+  /** Ends the step that a wave has in flight with these tokens. */
+  finish(wave: number, tokens?: readonly number[]): void {
     const step = this.steps.get(wave);
     if (step === undefined) throw new Error(`wave ${wave} is idle`);
     this.steps.delete(wave);
@@ -167,7 +169,7 @@ export class Bench {
       kind: 'stepDone',
       waveIndex: step.waveIndex,
       stepId: step.stepId,
-      tokens: new Int32Array(count).fill(100),
+      tokens: tokens === undefined ? new Int32Array(count).fill(100) : Int32Array.from(tokens),
       logprobs: new Float64Array(count).fill(Number.NaN),
       topLogprobs: null,
       timings: { denseMs: 0, waitMs: 0, codecMs: 0, sampleMs: 0, totalMs: 0 },

@@ -4,10 +4,15 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { Scheduler } from '../src/scheduling/scheduler.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
+import { SAMPLING_FIELDS } from '../src/worker/messages.ts';
 import { BLOCK, request } from './requests.ts';
 
-function scheduler(numWaves: number, limits = { maxBatchedTokens: 64, prefillChunkTokens: 32 }): Scheduler {
-  const made = new Scheduler(limits, numWaves);
+function scheduler(
+  numWaves: number,
+  limits = { maxBatchedTokens: 64, prefillChunkTokens: 32 },
+  speculation: 'auto' | 'off' = 'off',
+): Scheduler {
+  const made = new Scheduler({ ...limits, speculation }, numWaves);
   made.blockSizeTokens = BLOCK;
   return made;
 }
@@ -89,6 +94,7 @@ describe('buildStep', () => {
             chunk: fc.integer({ min: 1, max: 40 }),
             numShards: fc.integer({ min: 1, max: 4 }),
             isTrimmed: fc.boolean(),
+            numDrafted: fc.nat(3),
           }),
           { minLength: 1, maxLength: 6 },
         ),
@@ -105,7 +111,11 @@ describe('buildStep', () => {
               made.numTrimmedBlocks = Math.floor((start - windowTokens + 1) / BLOCK);
               made.blockTable.splice(0, made.numTrimmedBlocks);
             }
-            return { request: made, start, numTokens: Math.min(spec.chunk, spec.numTokens - start), kvGeneration: 0 };
+            const numKnown = Math.min(spec.chunk, spec.numTokens - start);
+            const isLast = start + numKnown === spec.numTokens;
+            const numRoom = (made.numTrimmedBlocks + made.blockTable.length) * BLOCK - start - numKnown;
+            const draft = Array.from({ length: isLast ? Math.min(spec.numDrafted, numRoom) : 0 }, (_, i) => 500 + i);
+            return { request: made, start, numTokens: numKnown + draft.length, draft, kvGeneration: 0 };
           });
           const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens }, 1, 42, 1);
           const seenBlocks = new Map<string, number>();
@@ -146,9 +156,20 @@ describe('buildStep', () => {
           expect(numKeys).toBe(
             entries.reduce((sum, { start, numTokens }) => sum + start + numTokens - oldestOf(start), 0),
           );
-          const ended = entries.filter((entry) => entry.start + entry.numTokens === entry.request.tokens.length);
-          expect(step.sampledRows).toHaveLength(ended.length);
-          expect([...step.sampling.subarray(0, 7)]).toEqual(ended.length > 0 ? [0.5, 0.9, 4, 0.1, 77, 0, 3] : []);
+          const ended = entries.filter((entry) => entry.start + entry.numTokens >= entry.request.tokens.length);
+          const sampled = ended.flatMap(({ request: { tokens }, draft }) =>
+            [...draft, undefined].map((drafted, ahead) => ({ position: tokens.length - 1 + ahead, ahead, drafted })),
+          );
+          expect(step.sampledRows).toHaveLength(sampled.length);
+          sampled.forEach(({ position, ahead, drafted }, i) => {
+            const row = step.sampledRows[i]!;
+            expect(Number(step.positionIds[row])).toBe(position);
+            expect([...step.sampling.subarray(i * SAMPLING_FIELDS, (i + 1) * SAMPLING_FIELDS)]).toEqual([
+              ...[0.5, 0.9, 4, 0.1, 77, ahead, 3],
+              drafted === undefined ? 0 : 1,
+            ]);
+            if (drafted !== undefined) expect(Number(step.tokenIds[row + 1])).toBe(drafted);
+          });
         },
       ),
       { numRuns: 300 },

@@ -62,7 +62,7 @@ class Step {
   begin(shards: string[], stepId: number): void {
     this.sent.length = 0;
     const subject = request({ numPromptTokens: 40, numComputed: 39, phase: 'decode', shards });
-    const entry = { request: subject, start: 39, numTokens: 1, kvGeneration: 0 };
+    const entry = { request: subject, start: 39, numTokens: 1, draft: [], kvGeneration: 0 };
     const { step } = buildStep(
       [entry],
       { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY },

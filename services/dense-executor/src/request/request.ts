@@ -9,6 +9,7 @@
 import type { AnswerWriter, WorkLease } from '@lamina/bus';
 import type { BlockRef, WorkItem } from '@lamina/protocol';
 import type { ActorRefFrom } from 'xstate';
+import type { PromptLookup } from '../scheduling/prompt-lookup.ts';
 import type { Answer } from './answer.ts';
 import type { RequestPhase, requestMachine } from './machine.ts';
 
@@ -22,6 +23,8 @@ export class GenerationRequest {
   readonly tokens: number[];
   lease: WorkLease;
   actor: ActorRefFrom<typeof requestMachine> | undefined;
+  /** Made when the first draft is asked for. */
+  lookup: PromptLookup | undefined;
   phase: RequestPhase = 'queued';
   /** Tokens whose KV is stored, from the first one on. */
   numComputed = 0;

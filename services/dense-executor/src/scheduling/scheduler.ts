@@ -7,22 +7,32 @@
  * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left.
  * 3. A request left out for lack of budget goes first in the next step.
  * 4. No token is scheduled that has no room in its request's block table.
+ * 5. Drafts only fill a step of decode tokens up to MAX_SPECULATED_ROWS: there a pass costs little more than for one row,
+ *    and most of the time of a step is the way to the shards and back. A full batch has none.
  */
 import type { ModelDescription } from '@lamina/model';
 import type { GenerationRequest } from '../request/request.ts';
+import { PromptLookup } from './prompt-lookup.ts';
 
 export interface SchedulerLimits {
   readonly maxBatchedTokens: number;
   readonly prefillChunkTokens: number;
+  /** Whether drafts are verified beside decode tokens when few requests run. */
+  readonly speculation: 'auto' | 'off';
 }
 
-/** Tokens [start, start + numTokens) of one request in one step. */
+const MAX_SPECULATED_ROWS = 16;
+
+/** Tokens [start, start + numTokens) of one request in one step; the last draft.length of them are guesses. */
 export interface StepEntry {
   readonly request: GenerationRequest;
   readonly start: number;
   readonly numTokens: number;
+  readonly draft: readonly number[];
   readonly kvGeneration: number;
 }
+
+const NO_DRAFT: readonly number[] = [];
 
 const byUrgency = (a: GenerationRequest, b: GenerationRequest): number =>
   b.item.priority - a.item.priority || a.arrival - b.arrival;
@@ -95,8 +105,10 @@ export class Scheduler {
     const entries: StepEntry[] = [];
     let budget = this.#limits.maxBatchedTokens;
     const ordered = wave.some((request) => request.item.priority !== 0) ? [...wave].sort(byUrgency) : wave;
+    const numDraftTokens = this.#draftTokensPerRequest(wave);
     for (const request of ordered) {
-      if (budget > 0 && request.phase === 'decode') budget -= this.#take(request, 1, entries);
+      if (budget > 0 && request.phase === 'decode')
+        budget -= this.#take(request, 1, entries, Math.min(numDraftTokens, budget - 1));
     }
     for (const request of ordered) {
       if (budget > 0 && request.phase === 'prefill')
@@ -109,12 +121,36 @@ export class Scheduler {
     return entries;
   }
 
-  #take(request: GenerationRequest, limit: number, entries: StepEntry[]): number {
+  /** Most guesses that each decoding request of a wave may have in its step. */
+  #draftTokensPerRequest(wave: readonly GenerationRequest[]): number {
+    if (this.#limits.speculation === 'off') return 0;
+    let numDecoding = 0;
+    for (const request of wave) if (request.phase === 'decode') numDecoding++;
+    return numDecoding === 0 ? 0 : Math.floor(MAX_SPECULATED_ROWS / numDecoding) - 1;
+  }
+
+  /** Guesses of a request that is decoding, at most `limit`: none without room, beyond its end or for another rotary table. */
+  #draft(request: GenerationRequest, limit: number, room: number): number[] {
+    const { tokens, item, answer } = request;
+    if (request.numComputed !== tokens.length - 1) return [];
+    const numLeft = item.maxTokens - answer.numTokens - 1;
+    const shortTokens = this.shortSequences?.numTokens ?? 0;
+    const numShortLeft = tokens.length <= shortTokens ? shortTokens - tokens.length : Number.POSITIVE_INFINITY;
+    const numDraftTokens = Math.min(limit, room - 1, numLeft, numShortLeft);
+    if (numDraftTokens <= 0) return [];
+    request.lookup ??= new PromptLookup(tokens);
+    return request.lookup.draft(numDraftTokens);
+  }
+
+  /** Returns how many tokens it scheduled. */
+  #take(request: GenerationRequest, limit: number, entries: StepEntry[], maxDraftTokens = 0): number {
     if (!request.isRunnable) return 0;
     const room = request.numTableBlocks * this.blockSizeTokens - request.numComputed;
-    const numTokens = Math.min(limit, request.tokens.length - request.numComputed, room);
-    if (numTokens <= 0) return 0;
-    entries.push({ request, start: request.numComputed, numTokens, kvGeneration: request.kvGeneration });
+    const numKnownTokens = Math.min(limit, request.tokens.length - request.numComputed, room);
+    if (numKnownTokens <= 0) return 0;
+    const draft = maxDraftTokens > 0 ? this.#draft(request, maxDraftTokens, room) : NO_DRAFT;
+    const numTokens = numKnownTokens + draft.length;
+    entries.push({ request, start: request.numComputed, numTokens, draft, kvGeneration: request.kvGeneration });
     return numTokens;
   }
 }

@@ -81,12 +81,13 @@ export function buildStep(
   const sampling: number[] = [];
   const builders = new Map<string, PlanBuilder>();
   let row = 0;
-  entries.forEach(({ request, start, numTokens: count }, entryIndex) => {
+  entries.forEach(({ request, start, numTokens: count, draft }, entryIndex) => {
     const end = start + count;
+    const numKnownTokens = request.tokens.length;
     const isShort = shortSequences !== null && request.tokens.length <= shortSequences.numTokens;
     const offset = isShort ? shortSequences.offset : 0;
     for (let position = start; position < end; position++) {
-      tokenIds[row + position - start] = BigInt(request.tokens[position]!);
+      tokenIds[row + position - start] = BigInt(request.tokens[position] ?? draft[position - numKnownTokens]!);
       positionIds[row + position - start] = BigInt(position + offset);
     }
     const firstVisible = Math.max(0, start - windowTokens + 1);
@@ -105,10 +106,13 @@ export function buildStep(
         builder.kvRows.push(row + position - start);
       }
     }
-    if (end === request.tokens.length) {
+    if (end >= numKnownTokens) {
       const { temperature, topP, topK, minP, seed } = request.item.sampling;
-      sampledRows.push(row + count - 1);
-      sampling.push(temperature, topP, topK, minP, seed, request.answer.numTokens, request.item.logprobs ?? -1);
+      for (let ahead = 0; ahead <= draft.length; ahead++) {
+        sampledRows.push(row + numKnownTokens - 1 - start + ahead);
+        sampling.push(temperature, topP, topK, minP, seed, request.answer.numTokens + ahead);
+        sampling.push(request.item.logprobs ?? -1, ahead < draft.length ? 1 : 0);
+      }
     }
     row += count;
   });

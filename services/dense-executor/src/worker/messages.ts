@@ -46,8 +46,13 @@ export interface ShardPart {
   readonly kvRows: Int32Array<ArrayBuffer>;
 }
 
-/** Fields of one sampled row: temperature, topP, topK, minP, seed, tokenIndex, numLogprobs. */
-export const SAMPLING_FIELDS = 7;
+/**
+ * Fields of one sampled row: temperature, topP, topK, minP, seed, tokenIndex, numLogprobs, and 1 when the next sampled row
+ * is that of a drafted token: it counts only if this row's token is the drafted one.
+ */
+export const SAMPLING_FIELDS = 8;
+/** In place of a token: the row follows a draft that was wrong. */
+export const NOT_WANTED = -2;
 
 export interface StepRequest {
   readonly kind: 'step';
@@ -92,7 +97,7 @@ export interface StepDone {
   readonly kind: 'stepDone';
   readonly waveIndex: number;
   readonly stepId: number;
-  /** [sampledRows.length]; -1 where the logits were not finite. */
+  /** [sampledRows.length]; -1 where the logits were not finite, NOT_WANTED behind a wrong draft. */
   readonly tokens: Int32Array;
   /** [sampledRows.length]; NaN where not asked for. */
   readonly logprobs: Float64Array;

@@ -12,7 +12,14 @@ import type { KvLease } from '../kv-lease.ts';
 import { LAYER_EVENT, LayerCursor } from '../request/layer-cycle.ts';
 import { Sampler } from '../request/sampler.ts';
 import type { DenseSession, LayerOutputs } from './dense-session.ts';
-import { type ModelDims, SAMPLING_FIELDS, type StepDone, type StepFailed, type StepRequest } from './messages.ts';
+import {
+  type ModelDims,
+  NOT_WANTED,
+  SAMPLING_FIELDS,
+  type StepDone,
+  type StepFailed,
+  type StepRequest,
+} from './messages.ts';
 import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
 
 export class Wave {
@@ -144,9 +151,16 @@ export class Wave {
     into: { tokens: Int32Array; logprobs: Float64Array; topLogprobs: { token: number; logprob: number }[][] | null },
   ): void {
     const { vocabSize } = this.#dims;
+    let isWanted = true;
     for (let i = 0; i < step.sampledRows.length; i++) {
       const at = i * SAMPLING_FIELDS;
       const fields = step.sampling;
+      const isDraftNext = fields[at + 7] === 1;
+      if (!isWanted) {
+        into.tokens[i] = NOT_WANTED;
+        isWanted = !isDraftNext;
+        continue;
+      }
       const result = this.#sampler.sample(logits.subarray(i * vocabSize, (i + 1) * vocabSize), {
         temperature: fields[at]!,
         topP: fields[at + 1]!,
@@ -157,6 +171,7 @@ export class Wave {
         numLogprobs: fields[at + 6]!,
       });
       into.tokens[i] = result.token;
+      isWanted = !isDraftNext || result.token === Number(step.tokenIds[step.sampledRows[i]! + 1]);
       into.logprobs[i] = result.logprob;
       if (into.topLogprobs !== null) into.topLogprobs[i] = result.topLogprobs;
     }
