@@ -1,6 +1,6 @@
 /** The kv-manager and real attention-shards over a real nats-server. */
 import type { Bus } from '@lamina/bus';
-import { ENDPOINTS, EVENTS, type KvStatus, SERVICE_NAMES } from '@lamina/protocol';
+import { ENDPOINTS, EVENTS, type KvStatus, SERVICE_NAMES, SUBJECTS } from '@lamina/protocol';
 import { type AttentionSpec, blockBytes } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
@@ -206,4 +206,43 @@ test('a time-out below two intervals is refused at start', async () => {
   await expect(startInProcess('kv-manager', startKvManager, nats.url, flags)).rejects.toMatchObject({
     code: 'config_invalid',
   });
+});
+
+test('a shard that an executor suspects is asked at once, and lost only if it does not answer', async () => {
+  // Heartbeats would take a minute to find it.
+  await startManager(['--heartbeat-interval-ms', '50', '--heartbeat-timeout-ms', '60000']);
+  await executor();
+  await startShard(20);
+  const aliveId = (await readyShards(1))[0]!.shardId;
+  const dead = await startShard(20);
+  const deadId = (await readyShards(2)).find(({ shardId }) => shardId !== aliveId)!.shardId;
+  const lost: string[] = [];
+  bus.onEvent(EVENTS.shardLost, ({ shardId }) => lost.push(shardId));
+  const suspect = (shardId: string) => bus.request(ENDPOINTS.suspectShard, { shardId }, TIMEOUT);
+  expect(await suspect(aliveId)).toEqual({ isLost: false });
+  expect(await suspect(deadId)).toEqual({ isLost: false });
+  await dead.crash();
+  const startedMs = performance.now();
+  // Nobody listens: known without a time-out.
+  expect(await Promise.all([suspect(deadId), suspect(deadId)])).toEqual([{ isLost: true }, { isLost: true }]);
+  expect(performance.now() - startedMs).toBeLessThan(400);
+  expect(await suspect(aliveId)).toEqual({ isLost: false });
+  expect(await suspect(deadId)).toEqual({ isLost: true });
+  await eventually(() => (lost.length > 0 ? true : undefined));
+  expect(lost).toEqual([deadId]);
+  expect((await status()).shards.map(({ shardId }) => shardId)).toEqual([aliveId]);
+});
+
+test('a suspected shard that listens and does not answer is lost', async () => {
+  await startManager(['--heartbeat-interval-ms', '50', '--heartbeat-timeout-ms', '60000']);
+  await executor();
+  const silent = { shardId: 'silent', budgetBytes: 10 * BLOCK_BYTES, kernel: 'none' };
+  await bus.request(ENDPOINTS.shardHeartbeat, { ...silent, numBlocks: null }, TIMEOUT);
+  await bus.request(ENDPOINTS.shardHeartbeat, { ...silent, numBlocks: 10 }, TIMEOUT);
+  let numProbes = 0;
+  const listening = bus.subscribe(SUBJECTS.shardProbe('silent'), () => numProbes++);
+  expect(await bus.request(ENDPOINTS.suspectShard, { shardId: 'silent' }, TIMEOUT)).toEqual({ isLost: true });
+  expect(numProbes).toBe(2);
+  expect((await status()).shards).toEqual([]);
+  listening.unsubscribe();
 });

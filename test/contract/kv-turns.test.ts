@@ -66,6 +66,7 @@ class Wire {
         call(() => manager.extend({ requestId, executorId, numBlocks, numTokens })),
       trim: (requestId, numFreedBlocks) => call(() => manager.trim({ requestId, executorId, numFreedBlocks })),
       free: (requestId) => call(() => manager.free(requestId, executorId)),
+      suspect: () => Promise.resolve(),
     };
     this.#benches.push(new Bench(kv));
   }

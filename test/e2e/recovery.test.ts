@@ -198,21 +198,34 @@ test('a nats-server that is killed and comes back loses no token', async () => {
   await nothingLeft();
 }, 60_000);
 
-test('a shard that is killed is noticed at once, and no request fails', async () => {
-  await start({ attentionShards: 3, settings: { spreadAboveTokens: '32' } });
-  let killedAtMs = Number.POSITIVE_INFINITY;
-  const gapsMs: number[] = [];
-  const { answers, begun } = askAll();
-  const watched = ask(NUM_REQUESTS, {}, () => {
-    if (killedAtMs < performance.now()) gapsMs.push(performance.now() - killedAtMs);
-  });
-  await begun;
-  tested.cluster.processes('attention-shard')[0]!.kill('SIGKILL');
-  killedAtMs = performance.now();
-  await expectRight([...(await answers), await watched]);
-  expect(gapsMs[0]).toBeLessThan(2_000);
-  await nothingLeft();
-}, 60_000);
+test.each(['SIGKILL', 'SIGSTOP'] as const)(
+  'a shard that gets a %s is noticed within a second, long before its heartbeats are missed, and no request fails',
+  async (signal) => {
+    const slowHeartbeats: ServiceSettings = { heartbeatIntervalMs: '1000', heartbeatTimeoutMs: '20000' };
+    await start({
+      attentionShards: 3,
+      settings: { spreadAboveTokens: '32', gatherTimeoutMs: '20000', ...slowHeartbeats },
+    });
+    let endedAtMs = Number.POSITIVE_INFINITY;
+    const gapsMs: number[] = [];
+    const { answers, begun } = askAll();
+    const watched = ask(NUM_REQUESTS, {}, () => {
+      if (endedAtMs < performance.now()) gapsMs.push(performance.now() - endedAtMs);
+    });
+    await begun;
+    const shard = tested.cluster.processes('attention-shard')[0]!;
+    shard.kill(signal);
+    endedAtMs = performance.now();
+    await expectRight([...(await answers), await watched]);
+    // Some tokens of steps that needed nothing of it may still have come; then there was a gap, and it was short.
+    const longestGapMs = gapsMs.reduce((longest, at, i) => Math.max(longest, at - (gapsMs[i - 1] ?? 0)), 0);
+    console.log(`${signal}: the longest pause of one request was ${longestGapMs.toFixed(0)} ms`);
+    expect(longestGapMs).toBeLessThan(3_000);
+    if (signal === 'SIGSTOP') shard.kill('SIGCONT');
+    await nothingLeft();
+  },
+  60_000,
+);
 
 test('requests of two executors take turns when they outgrow the KV cache, again and again', async () => {
   // Twice 6 blocks of 16 tokens, 3,072 bytes per token: one request of 140 tokens fits, four at once do not.

@@ -177,6 +177,18 @@ export class Bus {
     return parseMessage(`${endpoint.subject} reply`, endpoint.reply, body_);
   }
 
+  /** Asks for a sign of life. False when nobody listens on the subject or answers in time. */
+  async probe(subject: string, timeoutMs: number): Promise<boolean> {
+    try {
+      await this.#connection.request(subject, undefined, { timeout: timeoutMs });
+      return true;
+    } catch (cause) {
+      if (cause instanceof NatsError && (cause.code === ErrorCode.NoResponders || cause.code === ErrorCode.Timeout))
+        return false;
+      throw cause;
+    }
+  }
+
   /** Announces this process as a NATS micro service: $SRV.PING, INFO and STATS. Endpoints are added with `serve`. */
   async announce(description: ServiceDescription): Promise<void> {
     this.#service = await this.#connection.services.add({

@@ -109,4 +109,8 @@ export const kvStatusSchema = z.object({
 export type KvStatus = z.infer<typeof kvStatusSchema>;
 
 export const shardLostSchema = z.object({ shardId: idSchema });
+export const suspectReplySchema = z.object({
+  /** The shard is not registered, or was asked and did not answer: what it held is gone. */
+  isLost: z.boolean(),
+});
 export const capacityFreedSchema = z.object({ freeBlocks: z.int().min(0) });

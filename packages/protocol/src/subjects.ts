@@ -69,6 +69,15 @@ export const ENDPOINTS = {
     request: kv.shardLostSchema,
     reply: kv.emptySchema,
   }),
+  suspectShard: endpoint({
+    subject: `${ROOT}.kv.suspect_shard`,
+    from: 'dense-executor',
+    to: 'kv-manager',
+    meaning:
+      'A shard owes an answer: the kv-manager asks it now, instead of waiting for its silence to be long enough.',
+    request: kv.shardLostSchema,
+    reply: kv.suspectReplySchema,
+  }),
   allocate: endpoint({
     subject: `${ROOT}.kv.allocate`,
     from: 'dense-executor',
@@ -161,6 +170,8 @@ export const SUBJECTS = {
   work: (requestId: string): string => `${ROOT}.work.${requestId}`,
   /** Tensor plane: plans and QKV to a shard. */
   shardTensors: (shardId: string): string => `${ROOT}.tensor.shard.${shardId}`,
+  /** Answered with an empty message by a shard that is alive. */
+  shardProbe: (shardId: string): string => `${ROOT}.shard.${shardId}.probe`,
   /**
    * Tensor plane: partial attention back to one worker thread of an executor. Wave and shard stand in the subject so that
    * the server's own answer (nobody listens: an empty message) says which shard is gone.
@@ -224,6 +235,13 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
     from: 'anyone',
     to: 'every service',
     meaning: 'What one instance says about itself: the `data` of its answer to $SRV.STATS, as msgpack.',
+  },
+  {
+    subject: SUBJECTS.shardProbe('<shardId>'),
+    kind: 'request',
+    from: 'kv-manager',
+    to: 'attention-shard',
+    meaning: 'Asks a shard that an executor suspects whether it is alive; the answer is empty.',
   },
   {
     subject: SUBJECTS.shardTensors('<shardId>'),

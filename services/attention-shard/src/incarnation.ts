@@ -39,8 +39,14 @@ export class Incarnation {
       log.warn({ reason: fallbackReason }, 'portable attention kernel in use, which is slow: no native one');
     this.plane = new TensorPlane({ kernel, bus, log, stats });
     const { plane } = this;
-    const subscription = bus.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
-    this.#stopListening = () => subscription.unsubscribe();
+    const tensors = bus.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
+    const probes = bus.subscribe(SUBJECTS.shardProbe(shardId), ({ reply }) => {
+      if (reply !== undefined) bus.publish(reply, new Uint8Array());
+    });
+    this.#stopListening = () => {
+      tensors.unsubscribe();
+      probes.unsubscribe();
+    };
     // Sinks are many numbers and not a shard's business.
     const { sinkLogits: _, ...facts } = layout;
     log.info({ shardId, kernel: kernel.name, numBlocks: this.numBlocks, ...facts }, 'KV memory ready');

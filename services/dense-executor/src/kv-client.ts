@@ -41,6 +41,7 @@ export interface KvClientOptions {
 const RETRY_INTERVAL_MS = 250;
 const MIN_HEARTBEAT_TIMEOUT_MS = 500;
 const LEAVE_TIMEOUT_MS = 1_000;
+const SUSPICION_INTERVAL_MS = 250;
 
 export class KvClient {
   readonly #options: KvClientOptions;
@@ -52,6 +53,8 @@ export class KvClient {
   #isManagerSilent = false;
   /** Frees that were not confirmed; asked again with the next heartbeat. */
   readonly #unconfirmedFrees = new Set<string>();
+  /** Shards that the kv-manager was asked about lately. */
+  readonly #suspected = new Set<string>();
   /** Requests that were allocated for and not freed since. */
   readonly #held = new Set<string>();
   #intervalMs = RETRY_INTERVAL_MS;
@@ -170,6 +173,20 @@ export class KvClient {
       log.warn({ err: asLaminaError(cause), requestId }, 'the kv-manager did not confirm a free');
       if (!this.#held.has(requestId)) this.#unconfirmedFrees.add(requestId);
     }
+  }
+
+  /** Has the kv-manager ask a shard that owes an answer; while it does, and shortly after, asking again does nothing. */
+  async suspect(shardId: string): Promise<void> {
+    const { bus, requestTimeoutMs, log } = this.#options;
+    if (this.#suspected.has(shardId)) return;
+    this.#suspected.add(shardId);
+    try {
+      const { isLost } = await bus.request(ENDPOINTS.suspectShard, { shardId }, { timeoutMs: requestTimeoutMs });
+      if (isLost) this.#events.onShardLost(shardId);
+    } catch (cause) {
+      log.debug({ err: asLaminaError(cause), shardId }, 'the kv-manager does not say whether a shard is lost');
+    }
+    setTimeout(() => this.#suspected.delete(shardId), SUSPICION_INTERVAL_MS).unref();
   }
 
   /** Says goodbye, so that nothing waits for the time-out. */

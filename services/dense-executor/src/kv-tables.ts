@@ -32,7 +32,7 @@ export interface KvTablesOptions {
 }
 
 /** What is asked of the kv-manager here. */
-export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'holdsLease' | 'leaseTerm'>;
+export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'suspect' | 'holdsLease' | 'leaseTerm'>;
 
 const RETRY_MS = 1_000;
 
@@ -253,6 +253,11 @@ export class KvTables implements KvEvents {
       request.isStarved = false;
       this.extendAhead(request);
     }
+  }
+
+  /** A shard owes an answer, or nobody listens there. */
+  suspect(shardId: string): void {
+    void this.#kv?.suspect(shardId);
   }
 
   onShardLost(shardId: string): void {

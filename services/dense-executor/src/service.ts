@@ -67,6 +67,9 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       onStepDone: (wave, result) => executor.steps.onStepDone(wave, result),
       onStepFailed: (wave, result) => executor.steps.onStepFailed(wave, result),
       onComplaint: onError,
+      onLate: (shardIds) => {
+        for (const shardId of shardIds) executor.tables.suspect(shardId);
+      },
       onDeath: context.fail,
     },
   );

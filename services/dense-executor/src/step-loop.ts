@@ -145,13 +145,14 @@ export class StepLoop {
       if (shardIds.length === 0 && ERROR_CODES[code].retryable) continue;
       if (shardIds.length === 0) requests.send(request, { type: 'FAIL', error: new LaminaError(code, message) });
       else if (!shardIds.some((shardId) => request.hasBlocksOn(shardId))) continue;
-      else if (code === 'unavailable') this.#holdBack(request);
+      else if (code === 'unavailable') this.#holdBack(request, shardIds);
       else tables.lose(request);
     }
     this.#settle(entries);
   }
 
-  #holdBack(held: GenerationRequest): void {
+  #holdBack(held: GenerationRequest, shardIds: readonly string[]): void {
+    for (const shardId of shardIds) this.#options.tables.suspect(shardId);
     held.isHeldBack = true;
     this.#hold ??= setTimeout(() => {
       this.#hold = undefined;

@@ -21,6 +21,7 @@ export interface WorkerPoolEvents {
   onStepDone(wave: number, result: StepDone): void;
   onStepFailed(wave: number, result: StepFailed): void;
   onComplaint(error: LaminaError): void;
+  onLate(shardIds: readonly string[]): void;
   /** A worker died or could not start. */
   onDeath(error: LaminaError): void;
 }
@@ -67,6 +68,7 @@ export class WorkerPool {
       worker.on('message', (message: FromWorker) => {
         if (message.kind === 'ready') resolve();
         else if (message.kind === 'complaint') this.#events.onComplaint(new LaminaError(message.code, message.message));
+        else if (message.kind === 'late') this.#events.onLate(message.shardIds);
         else if (message.kind === 'stepDone')
           this.#events.onStepDone(index * wavesPerWorker + message.waveIndex, message);
         else this.#events.onStepFailed(index * wavesPerWorker + message.waveIndex, message);

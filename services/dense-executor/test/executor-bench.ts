@@ -41,6 +41,7 @@ export class ScriptedKv implements KvCalls {
   leaseTerm = 1;
   /** All calls in order: `allocate r`, `free r`. */
   readonly log: string[] = [];
+  readonly suspected: string[] = [];
   readonly #open: KvCall[] = [];
 
   /** The oldest unanswered call. */
@@ -72,6 +73,11 @@ export class ScriptedKv implements KvCalls {
 
   extend(requestId: string, numBlocks: number, numTokens: number): Promise<BlockRef[]> {
     return this.#ask({ kind: 'extend', requestId, numBlocks, numTokens, deliveryCount: 0 });
+  }
+
+  suspect(shardId: string): Promise<void> {
+    this.suspected.push(shardId);
+    return Promise.resolve();
   }
 
   trim(): Promise<void> {

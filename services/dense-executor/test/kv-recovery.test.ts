@@ -211,6 +211,7 @@ describe('a step that failed', () => {
       await vi.advanceTimersByTimeAsync(200);
     }
     expect(kv.log).toEqual(['allocate r']);
+    expect(new Set(kv.suspected)).toEqual(new Set(['dead']));
     bench.failStep(0, 'unavailable', ['dead']);
     bench.executor.tables.onShardLost('dead');
     expect(kv.log).toEqual(['allocate r', 'free r', 'allocate r']);

@@ -51,6 +51,10 @@ class FakeKv implements KvCalls {
     );
   }
 
+  suspect(): Promise<void> {
+    return Promise.resolve();
+  }
+
   allocate(_requestId: string, numTokens: number, maxTokens: number): Promise<BlockRef[]> {
     expect(this.numHeld).toBe(0);
     expect(numTokens).toBeLessThanOrEqual(maxTokens);

@@ -152,9 +152,14 @@ export class KvManager {
     if (executor !== undefined) this.#releaseAll(executorId, executor, 'executor left');
   }
 
-  shardLeave(shardId: string): void {
+  hasShard(shardId: string): boolean {
+    return this.#shards.get(shardId) !== undefined;
+  }
+
+  /** A shard that left, or that is known not to answer: `text` says which. */
+  removeShard(shardId: string, text: string): void {
     const shard = this.#shards.remove(shardId);
-    if (shard !== undefined) this.#loseShard(shardId, shard, 'shard left');
+    if (shard !== undefined) this.#loseShard(shardId, shard, text);
   }
 
   /** A new table for a request: all of its blocks, or a LaminaError and none. */

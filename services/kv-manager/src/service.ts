@@ -10,6 +10,7 @@ import { ENDPOINTS, type Endpoint, EVENTS } from '@lamina/protocol';
 import { Counter, createInstanceId, Gauge, type RunningService, type ServiceContext } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { KvManager } from './kv-manager.ts';
+import { Suspicions } from './suspicions.ts';
 
 export type KvManagerContext = Pick<ServiceContext, 'config' | 'bus' | 'log' | 'registry'>;
 
@@ -71,7 +72,10 @@ export async function startKvManager(context: KvManagerContext): Promise<Running
     registers: [context.registry],
   });
   registerGauges(context, manager);
-  const serve = <Request, Reply>(endpoint: Endpoint<Request, Reply>, handle: (body: Request) => Reply): void =>
+  const serve = <Request, Reply>(
+    endpoint: Endpoint<Request, Reply>,
+    handle: (body: Request) => Reply | Promise<Reply>,
+  ): void =>
     bus.serve(endpoint, (body) => {
       try {
         return handle(body);
@@ -99,9 +103,11 @@ export async function startKvManager(context: KvManagerContext): Promise<Running
     return reply;
   });
   serve(ENDPOINTS.shardLeave, ({ shardId }) => {
-    manager.shardLeave(shardId);
+    manager.removeShard(shardId, 'shard left');
     return {};
   });
+  const suspicions = new Suspicions(bus, manager);
+  serve(ENDPOINTS.suspectShard, async ({ shardId }) => ({ isLost: await suspicions.isLost(shardId) }));
   serve(ENDPOINTS.allocate, (body) => ({ managerEpoch, blocks: manager.allocate(body) }));
   serve(ENDPOINTS.extend, (body) => ({ managerEpoch, blocks: manager.extend(body) }));
   serve(ENDPOINTS.trim, (body) => {

@@ -166,7 +166,7 @@ class Run {
         return;
       }
       case 'leave':
-        fixture.manager.shardLeave(this.#ids[operation.shard]!);
+        fixture.manager.removeShard(this.#ids[operation.shard]!, 'shard left');
         this.#renameLostShards();
         return;
       case 'shardBeat': {

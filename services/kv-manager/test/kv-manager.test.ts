@@ -168,9 +168,9 @@ test('a request that trims stays where it is, however long it becomes, and only 
     fixture.trim('a', numTokenBlocks - 4);
     expect(fixture.extend('a', numTokenBlocks)).toMatchObject([{ shardId: first!.shardId }]);
   }
-  fixture.manager.shardLeave(first!.shardId === 's1' ? 's2' : 's1');
+  fixture.manager.removeShard(first!.shardId === 's1' ? 's2' : 's1', 'shard left');
   expect(fixture.executor('e1').voidRequestIds).toEqual([]);
-  fixture.manager.shardLeave(first!.shardId);
+  fixture.manager.removeShard(first!.shardId, 'shard left');
   expect(fixture.executor('e1').voidRequestIds).toEqual(['a']);
 });
 
@@ -250,7 +250,7 @@ test.each(['leaves', 'is silent'])('a shard that %s voids every table that has b
   fixture.allocate('long', 12);
   fixture.allocate('short', 1);
   const shortShard = countByShard(fixture.extend('short', 2));
-  if (how === 'leaves') fixture.manager.shardLeave('s2');
+  if (how === 'leaves') fixture.manager.removeShard('s2', 'shard left');
   else {
     fixture.nowMs = 3999;
     fixture.executor('e1');

@@ -82,14 +82,23 @@ bus.onStatus((type) => {
 });
 await bus.flush();
 
+/** A layer that waits longer makes its shards suspect. */
+const LATE_AFTER_MS = 200;
+const WATCH_MS = 100;
+
 let numInFlight = 0;
 let watch: NodeJS.Timeout | undefined;
 
 function watchGathers(): void {
   const nowMs = performance.now();
   for (const wave of waves) {
-    if (!(nowMs - wave.exchange.dispatchedAtMs > options.gatherTimeoutMs)) continue;
+    const waitedMs = nowMs - wave.exchange.dispatchedAtMs;
+    if (!(waitedMs > LATE_AFTER_MS)) continue;
     const shardIds = wave.exchange.waitingShardIds;
+    if (waitedMs <= options.gatherTimeoutMs) {
+      post({ kind: 'late', shardIds });
+      continue;
+    }
     wave.exchange.fail(
       new LaminaError('shard_lost', `no attention from ${shardIds.join(', ')} within ${options.gatherTimeoutMs} ms`),
       shardIds,
@@ -101,7 +110,7 @@ async function runStep(step: StepRequest): Promise<void> {
   const wave = waves[step.waveIndex];
   if (wave === undefined) throw new LaminaError('internal', `no wave ${step.waveIndex}`);
   numInFlight++;
-  watch ??= setInterval(watchGathers, Math.max(5, options.gatherTimeoutMs / 4));
+  watch ??= setInterval(watchGathers, Math.min(WATCH_MS, Math.max(5, options.gatherTimeoutMs / 4)));
   const result = await wave.run(step);
   // What this step sent must be on the server before its blocks can be given to others.
   if (result.kind === 'stepFailed') await bus.flush().catch(() => undefined);

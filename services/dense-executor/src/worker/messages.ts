@@ -127,4 +127,10 @@ export interface Complaint {
   readonly message: string;
 }
 
-export type FromWorker = Ready | StepDone | StepFailed | Complaint;
+/** Shards that let a layer wait for long: they may be busy, or dead. */
+export interface Late {
+  readonly kind: 'late';
+  readonly shardIds: readonly string[];
+}
+
+export type FromWorker = Ready | StepDone | StepFailed | Complaint | Late;
