@@ -20,7 +20,7 @@ import {
 import type { Bus } from './bus.ts';
 
 /** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
-export const ACK_WAIT_MS = 10_000;
+export const ACK_WAIT_MS = 4_000;
 
 const WORK_CONFIG = {
   name: STREAMS.work.name,
