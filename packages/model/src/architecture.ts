@@ -124,10 +124,13 @@ const LLAMA: Architecture = {
   ropeTypeNames: {},
 };
 
-const MISTRAL: Architecture = { ...LLAMA, qkvBias: 'never', outputBias: 'never', mlpBias: 'never', windows: 'all' };
+const WINDOWED: Architecture = { ...LLAMA, qkvBias: 'never', outputBias: 'never', mlpBias: 'never', windows: 'all' };
+
+/** A config.json without `sliding_window` has the class's; `null` says that there is none. */
+const MISTRAL: Architecture = { ...WINDOWED, defaults: { ...LLAMA.defaults, sliding_window: 4096 } };
 
 const QWEN2: Architecture = {
-  ...MISTRAL,
+  ...WINDOWED,
   defaults: { ...LLAMA.defaults, sliding_window: 4096, max_window_layers: 28 },
   qkvBias: 'always',
   windows: 'late',
@@ -150,7 +153,7 @@ const SMOLLM3: Architecture = {
 };
 
 const PHI3: Architecture = {
-  ...MISTRAL,
+  ...WINDOWED,
   defaults: { ...LLAMA.defaults, rms_norm_eps: 1e-5, original_max_position_embeddings: 4096 },
   layer: { ...LLAMA_LAYER, qkv: ['self_attn.qkv_proj'], gateUp: ['mlp.gate_up_proj'] },
   hasPartialRotary: true,

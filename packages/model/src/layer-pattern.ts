@@ -41,26 +41,37 @@ export function rotaryOf(raw: RawConfig, architecture: Architecture, headDim: nu
   }
   const global = ropeOf(raw, FULL);
   const type = typeOf(global, architecture);
-  const tables = [table(raw, global, type, headDim)];
+  const tables = [table(raw, architecture, global, headDim)];
   const local = localRopeOf(raw, architecture);
-  if (local !== null) tables.push(table(raw, local, typeOf(local, architecture), headDim));
+  if (local !== null) tables.push(table(raw, architecture, local, headDim));
   const ofLayer = layers.map((layer) => {
     if (!hasRotary(raw, architecture, layer)) return null;
     return local !== null && isSliding(raw, architecture, layer, true) ? 1 : 0;
   });
   const stretched = (global.original_max_position_embeddings ?? maxPositions) * (global.factor ?? 1);
   const contextLength = type === 'yarn' ? Math.max(maxPositions, Math.floor(stretched)) : maxPositions;
-  return { tables, ofLayer, contextLength };
+  return { tables: withShortParts(tables), ofLayer, contextLength };
 }
 
-function table(raw: RawConfig, rope: RopeFields, type: string, headDim: number): RotaryTable {
+function table(raw: RawConfig, architecture: Architecture, rope: RopeFields, headDim: number): RotaryTable {
   const partialFactor = rope.partial_rotary_factor ?? raw.partial_rotary_factor ?? 1;
-  return rotaryTable(rope, type, {
+  if (!architecture.hasPartialRotary && partialFactor !== 1) {
+    throw new RopeError(`partial_rotary_factor ${partialFactor} is nothing that ${raw.model_type} has`);
+  }
+  return rotaryTable(rope, typeOf(rope, architecture), {
     theta: rope.rope_theta ?? raw.rope_theta ?? 10_000,
     dim: Math.floor(headDim * partialFactor),
     maxPositions: raw.max_position_embeddings,
     outerOriginalPositions: raw.original_max_position_embeddings ?? null,
   });
+}
+
+/** One position id serves all tables: where one has a part for short sequences, the others repeat theirs there. */
+function withShortParts(tables: readonly RotaryTable[]): readonly RotaryTable[] {
+  const [numTokens, ...others] = new Set(tables.flatMap(({ short }) => (short === null ? [] : [short.numTokens])));
+  if (others.length > 0) throw new RopeError('longrope of two original lengths is not supported');
+  if (numTokens === undefined) return tables;
+  return tables.map((own) => ({ ...own, short: own.short ?? { numTokens, frequencies: own.frequencies } }));
 }
 
 function typeOf(rope: RopeFields, architecture: Architecture): string {
@@ -70,24 +81,23 @@ function typeOf(rope: RopeFields, architecture: Architecture): string {
 
 /** The rope fields of a kind of layer; `rope_parameters` may hold one set for each kind. */
 function ropeOf(raw: RawConfig, kind: typeof FULL | typeof SLIDING): RopeFields {
-  const parameters = raw.rope_parameters ?? null;
-  if (parameters !== null && isByKind(parameters)) return parameters[kind];
-  return raw.rope_scaling ?? parameters ?? {};
+  const { rope_parameters: parameters, rope_scaling: scaling } = raw;
+  if (!hasKinds(raw)) return scaling ?? parameters ?? {};
+  const own = parameters?.[kind] ?? {};
+  if (kind === FULL) return { ...own, ...scaling };
+  return { ...own, rope_theta: own.rope_theta ?? raw.rope_local_base_freq };
 }
 
 /** Rope fields of the layers with a window, where they have their own: not scaled, with a base of their own. */
 function localRopeOf(raw: RawConfig, architecture: Architecture): RopeFields | null {
   if (architecture.windows === 'none') return null;
-  const parameters = raw.rope_parameters ?? null;
-  if (parameters !== null && isByKind(parameters)) return parameters[SLIDING];
+  if (hasKinds(raw)) return ropeOf(raw, SLIDING);
   const theta = raw.rope_local_base_freq ?? null;
   return theta === null ? null : { rope_theta: theta };
 }
 
-function isByKind(
-  parameters: NonNullable<RawConfig['rope_parameters']>,
-): parameters is { full_attention: RopeFields; sliding_attention: RopeFields } {
-  return FULL in parameters && SLIDING in parameters;
+function hasKinds({ rope_parameters: parameters }: RawConfig): boolean {
+  return (parameters?.[FULL] ?? parameters?.[SLIDING] ?? null) !== null;
 }
 
 function hasRotary(raw: RawConfig, architecture: Architecture, layer: number): boolean {

@@ -128,9 +128,6 @@ function checkSupported(dir: string, raw: RawConfig, architecture: Architecture)
     const known = [...ACTIVATIONS.keys()].join(', ');
     throw unsupported(dir, `${name} '${raw.hidden_act}' is not supported yet (these are: ${known})`);
   }
-  if (!architecture.hasPartialRotary && (raw.partial_rotary_factor ?? 1) !== 1) {
-    throw unsupported(dir, `partial_rotary_factor ${raw.partial_rotary_factor} is nothing that ${raw.model_type} has`);
-  }
   const window = raw.sliding_window ?? raw.max_position_embeddings;
   if (architecture.windows === 'none' && window < raw.max_position_embeddings) {
     throw unsupported(dir, `sliding_window ${window} is nothing that model_type '${raw.model_type}' has`);

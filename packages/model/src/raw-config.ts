@@ -31,8 +31,8 @@ const configSchema = z.looseObject({
   rope_theta: z.number().positive().nullish(),
   rope_local_base_freq: z.number().positive().nullish(),
   rope_scaling: ropeSchema.nullish(),
-  rope_parameters: z
-    .union([z.object({ full_attention: ropeSchema, sliding_attention: ropeSchema }), ropeSchema])
+  rope_parameters: ropeSchema
+    .extend({ full_attention: ropeSchema.nullish(), sliding_attention: ropeSchema.nullish() })
     .nullish(),
   partial_rotary_factor: z.number().positive().max(1).nullish(),
   no_rope_layers: z.array(z.int()).nullish(),

@@ -91,7 +91,7 @@ export function rotaryTable(
   if (dim < 2 || dim % 2 !== 0) throw new RopeError(`rotary embedding of ${dim} elements of a head, it needs pairs`);
   const half = dim / 2;
   const plain = Array.from({ length: half }, (_, i) => theta ** (-i / half));
-  const originalPositions = rope.original_max_position_embeddings ?? outerOriginalPositions ?? maxPositions;
+  const originalPositions = outerOriginalPositions ?? rope.original_max_position_embeddings ?? maxPositions;
   const hasOuterOriginal = outerOriginalPositions !== null;
   return { dim, ...compute({ rope, plain, dim, theta, maxPositions, originalPositions, hasOuterOriginal }) };
 }

@@ -52,6 +52,7 @@ describe('config.json', () => {
     ],
     [{ sliding_window: 128 }, "sliding_window 128 is nothing that model_type 'llama' has"],
     [{ partial_rotary_factor: 0.5 }, 'partial_rotary_factor 0.5 is nothing that llama has'],
+    [{ rope_parameters: { partial_rotary_factor: 0.5 } }, 'partial_rotary_factor 0.5 is nothing that llama has'],
     [{ hidden_act: 'relu2' }, "hidden_act 'relu2' is not supported yet", 'silu'],
     [{ model_type: 'gpt2', activation_function: 'relu' }, "activation_function 'relu' is not supported yet"],
     [{ model_type: 'gpt2', scale_attn_by_inverse_layer_idx: true }, 'scale_attn_by_inverse_layer_idx'],
@@ -70,6 +71,10 @@ describe('config.json', () => {
     ['mistral', { sliding_window: 64 }, [64, 64, 64, 64, 64, 64]],
     ['mistral', { sliding_window: null }, undefined],
     ['mistral', { sliding_window: 4096 }, undefined],
+    // The class's default, in a context that outgrows it.
+    ['mistral', { max_position_embeddings: 8192 }, Array(6).fill(4096)],
+    ['mistral', { max_position_embeddings: 8192, sliding_window: null }, undefined],
+    ['phi3', { max_position_embeddings: 8192 }, undefined],
     ['qwen2', { use_sliding_window: true, sliding_window: 64, max_window_layers: 4 }, [0, 0, 0, 0, 64, 64]],
     ['qwen2', { use_sliding_window: false, sliding_window: 64, max_window_layers: 0 }, undefined],
     ['gemma2', { sliding_window: 64 }, [64, 0, 64, 0, 64, 0]],
@@ -113,6 +118,46 @@ describe('config.json', () => {
     const [full, sliding] = (await readModel(dir)).config?.rotaryTables ?? [];
     expect(full?.frequencies[0]).toBe(1 / 8);
     expect(sliding?.frequencies[1]).toBe(500 ** (-1 / 16));
+  });
+
+  it.each([
+    [{ sliding_attention: { rope_type: 'default' }, full_attention: { rope_type: 'default' } }],
+    [{ full_attention: { rope_type: 'default', rope_theta: 1e6 } }],
+    [{ full_attention: { rope_type: 'default' }, sliding_attention: null }],
+    [{ sliding_attention: { rope_theta: 10_000 } }],
+  ])('leaves the bases of Gemma 3 to its class where %j does not say them', async (rope) => {
+    await editJson('config.json', {
+      ...{ model_type: 'gemma3_text', rope_theta: undefined, rope_scaling: undefined },
+      ...{ sliding_window: 64, rope_parameters: rope },
+    });
+    const { rotaryTables = [], rotaryOfLayer } = (await readModel(dir)).config ?? {};
+    expect(rotaryTables.map(({ frequencies }) => frequencies[1])).toEqual([1e6 ** (-1 / 16), 1e4 ** (-1 / 16)]);
+    expect(rotaryOfLayer).toEqual([1, 1, 1, 1, 1, 0]);
+  });
+
+  it('gives every rotary table the part for short sequences that one of them has', async () => {
+    const factors = { short_factor: Array<number>(16).fill(1), long_factor: Array<number>(16).fill(2) };
+    const full = { rope_type: 'longrope', original_max_position_embeddings: 128, ...factors };
+    const rope = { full_attention: full, sliding_attention: { rope_type: 'default', rope_theta: 500 } };
+    await editJson('config.json', { model_type: 'gemma3_text', sliding_window: 64, rope_parameters: rope });
+    const model = await readModel(dir);
+    expect(model.shortSequences).toEqual({ numTokens: 128, offset: 1024 });
+    const [global, local] = model.config?.rotaryTables ?? [];
+    expect(global?.short?.frequencies).not.toEqual(global?.frequencies);
+    expect(local?.short).toEqual({ numTokens: 128, frequencies: local?.frequencies });
+  });
+
+  it('takes the original length beside the rope fields before the one in them, as Phi-3 does', async () => {
+    const ones = Array<number>(16).fill(1);
+    const rope = {
+      rope_type: 'longrope',
+      short_factor: ones,
+      long_factor: ones,
+      original_max_position_embeddings: 512,
+    };
+    const original = { original_max_position_embeddings: 256 };
+    await editJson('config.json', { model_type: 'phi3', rope_scaling: rope, ...original });
+    expect((await readModel(dir)).shortSequences?.numTokens).toBe(256);
   });
 
   it('serves the length that yarn stretches to, that longrope was trained to, and no more than dynamic is exact for', async () => {
