@@ -92,11 +92,9 @@ export function gemmaLayer(model: PlainModel, i: number, hidden: Rows): Rows {
   const name = `layers.${i}`;
   const headDim = config.head_dim!;
   const isGemma3 = config.model_type === 'gemma3_text';
-  const isLocal = isGemma3 ? (i + 1) % (config.sliding_window_pattern ?? 6) !== 0 : i % 2 === 0;
-  const rope =
-    isGemma3 && isLocal
-      ? ropeOf({ ...config, rope_theta: config.rope_local_base_freq ?? 10000, rope_scaling: null }, hidden.length)
-      : ropeOf(config, hidden.length);
+  const pattern = isGemma3 ? (i + 1) % (config.sliding_window_pattern ?? 6) !== 0 : i % 2 === 0;
+  const isLocal = config.layer_types ? config.layer_types[i] === 'sliding_attention' : pattern;
+  const rope = ropeOf(isGemma3 ? gemma3RopeConfig(config, isLocal) : config, hidden.length);
   const normed = hidden.map((x) => model.offsetNorm(x, `${name}.input_layernorm`));
   const [queries, keys] = ['q', 'k'].map((part) =>
     normed.map((x, p) => {
@@ -122,6 +120,16 @@ export function gemmaLayer(model: PlainModel, i: number, hidden: Rows): Rows {
     const down = model.linear(`${name}.mlp.down_proj`, gated);
     return add(middle, model.offsetNorm(down, `${name}.post_feedforward_layernorm`));
   });
+}
+
+/** Layers with a window have a rope of their own. */
+function gemma3RopeConfig(config: PlainConfig, isLocal: boolean): PlainConfig {
+  const { full_attention: full, sliding_attention: sliding } = config.rope_parameters ?? {};
+  if (full !== undefined || sliding !== undefined) {
+    return { ...config, rope_theta: isLocal ? 10_000 : 1_000_000, rope_parameters: (isLocal ? sliding : full) ?? {} };
+  }
+  if (!isLocal) return config;
+  return { ...config, rope_theta: config.rope_local_base_freq ?? 10_000, rope_scaling: null };
 }
 
 /** Norms after both halves only; the whole projections of queries and keys are normalized. */
@@ -188,9 +196,12 @@ function llamaWindow(config: PlainConfig, i: number): number | null {
   const window = config.sliding_window ?? null;
   switch (config.model_type) {
     case 'mistral':
-      return window;
+      return config.sliding_window === undefined ? 4096 : window;
     case 'qwen2':
     case 'qwen3':
+      if (config.layer_types) {
+        return config.use_sliding_window && config.layer_types[i] === 'sliding_attention' ? window : null;
+      }
       return config.use_sliding_window && i >= (config.max_window_layers ?? 28) ? window : null;
     case 'smollm3':
       return config.use_sliding_window && !rotatesSmolLm3(config, i) ? window : null;
@@ -200,5 +211,6 @@ function llamaWindow(config: PlainConfig, i: number): number | null {
 }
 
 function rotatesSmolLm3(config: PlainConfig, i: number): boolean {
-  return config.no_rope_layers === undefined ? (i + 1) % 4 !== 0 : config.no_rope_layers[i] === 1;
+  const interval = config.no_rope_layer_interval ?? 4;
+  return config.no_rope_layers ? config.no_rope_layers[i] === 1 : (i + 1) % interval !== 0;
 }

@@ -13,15 +13,16 @@ export interface PlainConfig {
   readonly num_hidden_layers?: number;
   readonly num_attention_heads?: number;
   readonly num_key_value_heads?: number;
+  /** Absent: hidden_size / num_attention_heads. */
   readonly head_dim?: number;
   readonly max_position_embeddings?: number;
   readonly original_max_position_embeddings?: number;
   readonly rope_theta?: number;
   readonly rope_scaling?: PlainRope | null;
-  readonly rope_parameters?: PlainRope | null;
+  readonly rope_parameters?: (PlainRope & PlainRopeOfKinds) | null;
   readonly rope_local_base_freq?: number;
   readonly partial_rotary_factor?: number;
-  readonly no_rope_layers?: readonly number[];
+  readonly no_rope_layers?: readonly number[] | null;
   readonly rms_norm_eps?: number;
   readonly hidden_act?: string;
   readonly tie_word_embeddings?: boolean;
@@ -29,6 +30,8 @@ export interface PlainConfig {
   readonly use_sliding_window?: boolean;
   readonly max_window_layers?: number;
   readonly sliding_window_pattern?: number;
+  readonly layer_types?: readonly string[] | null;
+  readonly no_rope_layer_interval?: number;
   readonly query_pre_attn_scalar?: number;
   readonly attn_logit_softcapping?: number | null;
   readonly final_logit_softcapping?: number | null;
@@ -36,6 +39,12 @@ export interface PlainConfig {
   readonly n_layer?: number;
   readonly n_head?: number;
   readonly layer_norm_epsilon?: number;
+}
+
+/** The rope of each kind of layer, where `rope_parameters` says so. */
+export interface PlainRopeOfKinds {
+  readonly full_attention?: PlainRope;
+  readonly sliding_attention?: PlainRope;
 }
 
 export interface PlainRope {
@@ -51,6 +60,8 @@ export interface PlainRope {
   readonly beta_slow?: number;
   readonly mscale?: number;
   readonly mscale_all_dim?: number;
+  readonly truncate?: boolean;
+  readonly partial_rotary_factor?: number;
   readonly short_factor?: readonly number[];
   readonly long_factor?: readonly number[];
 }

@@ -17,12 +17,13 @@ export function ropeOf(config: PlainConfig, sequenceLength: number): PlainRotati
   const rope = config.rope_scaling ?? config.rope_parameters ?? {};
   const type = rope.rope_type ?? rope.type ?? 'default';
   const base = rope.rope_theta ?? config.rope_theta!;
-  const dim = Math.trunc(config.head_dim! * (config.partial_rotary_factor ?? 1));
+  const partial = rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1;
+  const dim = Math.trunc(config.head_dim! * partial);
   const exponents = Array.from({ length: dim / 2 }, (_, i) => (2 * i) / dim);
   const inverse = exponents.map((exponent) => 1 / base ** exponent);
   const maxPositions = config.max_position_embeddings!;
   const original =
-    rope.original_max_position_embeddings ?? config.original_max_position_embeddings ?? config.max_position_embeddings!;
+    config.original_max_position_embeddings ?? rope.original_max_position_embeddings ?? config.max_position_embeddings!;
   const result = (frequencies: number[], attentionFactor = 1): PlainRotation => ({
     dim,
     inverseFrequencies: frequencies,
@@ -57,8 +58,9 @@ export function ropeOf(config: PlainConfig, sequenceLength: number): PlainRotati
       const factor = rope.factor!;
       const correctionDim = (rotations: number): number =>
         (dim * Math.log(original / (rotations * 2 * Math.PI))) / (2 * Math.log(base));
-      const low = Math.max(Math.floor(correctionDim(rope.beta_fast ?? 32)), 0);
-      let high = Math.min(Math.ceil(correctionDim(rope.beta_slow ?? 1)), dim - 1);
+      let [low, high] = [correctionDim(rope.beta_fast ?? 32), correctionDim(rope.beta_slow ?? 1)];
+      if (rope.truncate !== false) [low, high] = [Math.floor(low), Math.ceil(high)];
+      [low, high] = [Math.max(low, 0), Math.min(high, dim - 1)];
       if (low === high) high += 0.001;
       const frequencies = inverse.map((value, i) => {
         const extrapolation = 1 - Math.min(Math.max((i - low) / (high - low), 0), 1);

@@ -19,7 +19,8 @@ export async function plainLogits(dir: string, tokenIds: readonly number[]): Pro
     await readFile(join(dir, 'config.json'), 'utf8'),
   );
   const file = await readFile(join(dir, 'model.safetensors'));
-  const config = json.text_config === undefined ? json : { ...json.text_config, model_type: 'gemma3_text' };
+  const given = json.text_config === undefined ? json : { ...json.text_config, model_type: 'gemma3_text' };
+  const config = withClassDefaults(given);
   switch (config.model_type) {
     case 'gpt2':
       return gpt2(new PlainModel(config, file, config.tie_word_embeddings === false ? 'transformer.' : ''), tokenIds);
@@ -29,6 +30,25 @@ export async function plainLogits(dir: string, tokenIds: readonly number[]): Pro
     default:
       return llamaLike(new PlainModel(config, file, 'model.'), tokenIds);
   }
+}
+
+/** What a published config.json may leave out. */
+function withClassDefaults(config: PlainConfig): PlainConfig {
+  const isGemma = config.model_type.startsWith('gemma');
+  const ownHeadDims: Readonly<Record<string, number>> = { qwen3: 128, gemma2: 256, gemma3_text: 256 };
+  const epsilons: Readonly<Record<string, number>> = { phi3: 1e-5, olmo2: 1e-5 };
+  const bases: Readonly<Record<string, number>> = { smollm3: 2_000_000, gemma3_text: 1_000_000 };
+  const original = config.model_type === 'phi3' ? { original_max_position_embeddings: 4096 } : {};
+  return {
+    rms_norm_eps: epsilons[config.model_type] ?? 1e-6,
+    rope_theta: bases[config.model_type] ?? 10_000,
+    tie_word_embeddings: isGemma || config.model_type === 'smollm3' || config.model_type === 'gpt2',
+    head_dim: ownHeadDims[config.model_type] ?? config.hidden_size! / config.num_attention_heads!,
+    num_key_value_heads: isGemma ? 4 : config.num_attention_heads!,
+    ...(isGemma ? { num_attention_heads: 8 } : {}),
+    ...original,
+    ...config,
+  };
 }
 
 /** Llama, and all that differ from it in their layers only. */

@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { buildModel } from '@lamina/model';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { PUBLISHED_CONFIGS } from '../src/published-configs.ts';
 import { writeRandomCheckpoint } from '../src/random-checkpoint.ts';
 import { ARCHITECTURE_TEST_TOKENS, RANDOM_MODELS } from '../src/random-models.ts';
 import { UncutReference } from '../src/reference.ts';
@@ -35,7 +36,7 @@ function worstOf(rows: readonly Float32Array[], expected: readonly Float64Array[
   );
 }
 
-describe.each(Object.entries(RANDOM_MODELS))('%s', (name, options) => {
+describe.each(Object.entries({ ...RANDOM_MODELS, ...PUBLISHED_CONFIGS }))('%s', (name, options) => {
   it('gives the logits of a float64 forward pass, uncut and staged', async () => {
     const dir = join(scratch, name.replaceAll(/\W+/g, '-'));
     await writeRandomCheckpoint(dir, options);
