@@ -22,6 +22,7 @@ import { Checkpoint } from './safetensors.ts';
 import { buildPublished } from './slicer/build-published.ts';
 import { findPublishedGraph, readPublishedDecoder } from './slicer/published-model.ts';
 import { buildStagedGraph } from './staged-graph.ts';
+import { checkTiedHead } from './tied-head.ts';
 import { buildUncutGraph } from './uncut-graph.ts';
 import { layOutWeights } from './weight-layout.ts';
 import type { WeightFormat } from './weight-storage.ts';
@@ -174,6 +175,7 @@ async function build(
   onProgress: (doneBytes: number, totalBytes: number) => void,
 ): Promise<void> {
   await mkdir(dir, { recursive: true });
+  await checkTiedHead(config, checkpoint);
   const locationOf = (path: string): string => relative(dataDir, path).replaceAll(sep, '/');
   const weightsPath = join(target, WEIGHTS_FILE_NAME);
   const layout = layOutWeights(config, { format, checkpoint, locationOf, weightsPath });

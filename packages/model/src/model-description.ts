@@ -69,8 +69,15 @@ const generationConfigSchema = z.looseObject({
   max_new_tokens: z.int().positive().nullish(),
 });
 
+/** One template, or several by name: as a list, or as an object. */
 const chatTemplateSchema = z
-  .union([z.string(), z.array(z.looseObject({ name: z.string(), template: z.string() }))])
+  .union([
+    z.string(),
+    z.array(z.looseObject({ name: z.string(), template: z.string() })),
+    z
+      .record(z.string(), z.string())
+      .transform((templates) => Object.entries(templates).map(([name, template]) => ({ name, template }))),
+  ])
   .nullish();
 
 const chatTemplateFileSchema = z.looseObject({ chat_template: chatTemplateSchema });
@@ -216,7 +223,7 @@ async function readChatTemplate(dir: string): Promise<string | null> {
     if (typeof template === 'string') return template;
     if (template === null) continue;
     const chosen = template.find((entry) => entry.name === 'default') ?? template[0];
-    if (chosen === undefined) throw modelInvalid(join(dir, name), 'chat_template is an empty list', 'remove the field');
+    if (chosen === undefined) throw modelInvalid(join(dir, name), 'chat_template is empty', 'remove the field');
     return chosen.template;
   }
   return null;

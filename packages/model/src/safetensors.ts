@@ -5,10 +5,11 @@
  * 1. Every offset of the header is checked against the file's size, the tensor's shape and its neighbours before a
  *    byte of data is read; a truncated or damaged file is model_invalid, never a short read.
  * 2. Reads are positional and of the asked range only; nothing is kept in memory but the header.
- * 3. A sharded checkpoint (model.safetensors.index.json) and a single file look the same to the caller.
+ * 3. A sharded checkpoint (model.safetensors.index.json) and a single file look the same to the caller. As in
+ *    transformers an index is not looked at where there is a single file: saving a model again leaves the old one.
  */
 import { createHash } from 'node:crypto';
-import { type FileHandle, open, realpath } from 'node:fs/promises';
+import { type FileHandle, open, realpath, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { modelInvalid, reasonOf, systemErrorCode } from './model-error.ts';
@@ -90,7 +91,7 @@ export class Checkpoint {
 
   /** Opens the checkpoint of a model directory and checks its headers. Throws model_invalid. */
   static async open(dir: string): Promise<Checkpoint> {
-    const index = await readOptionalJson(dir, INDEX_FILE);
+    const index = (await exists(join(dir, SINGLE_FILE))) ? null : await readOptionalJson(dir, INDEX_FILE);
     const fileOf = index === null ? {} : parseFile(dir, INDEX_FILE, indexSchema, index).weight_map;
     const names = index === null ? [SINGLE_FILE] : [...new Set(Object.values(fileOf))].sort();
     const files: SafetensorsFile[] = [];
@@ -179,6 +180,13 @@ export class Checkpoint {
   async close(): Promise<void> {
     await closeAll(this.#files);
   }
+}
+
+async function exists(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    () => false,
+  );
 }
 
 async function closeAll(files: readonly SafetensorsFile[]): Promise<void> {

@@ -150,7 +150,8 @@ export function layOutWeights(config: ModelConfig, options: StorageOptions): Wei
 /** A tensor of the checkpoint (without `.weight`) and its outputs. */
 type Part = readonly [name: string, outputs: number];
 
-function rootOf(architecture: Architecture, checkpoint: Checkpoint): TensorRoot {
+/** Where this checkpoint has its tensors. */
+export function rootOf(architecture: Architecture, checkpoint: Checkpoint): TensorRoot {
   const { roots, embedding } = architecture;
   const root = roots.find(({ body }) => checkpoint.has(`${body}${embedding}.weight`)) ?? roots[0];
   if (root === undefined) throw new TypeError('an architecture without a root');

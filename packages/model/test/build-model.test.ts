@@ -1,5 +1,5 @@
 /** What is said of models that are damaged or not supported. All on copies of lamina-tiny. */
-import { cp, mkdtemp, open, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises';
+import { cp, mkdtemp, open, readdir, readFile, rename, rm, truncate, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -40,6 +40,24 @@ async function editHeader(from: string, to: string): Promise<void> {
   expect(at).toBeGreaterThan(0);
   bytes.write(to, at, 'latin1');
   await writeFile(path, bytes);
+}
+
+/** Adds a head to lamina-tiny, whose head is tied: a copy of the embedding, `change`d. */
+async function addHead(change: (head: Buffer) => void): Promise<void> {
+  const path = join(dir, 'model.safetensors');
+  const file = await readFile(path);
+  const start = 8 + Number(file.readBigUInt64LE(0));
+  const header: Record<string, { data_offsets: [number, number] }> = JSON.parse(file.toString('utf8', 8, start));
+  const data = file.subarray(start);
+  const { 'model.embed_tokens.weight': embedding } = header;
+  const [from = 0, to = 0] = embedding?.data_offsets ?? [];
+  const head = Buffer.from(data.subarray(from, to));
+  change(head);
+  const lm_head = { ...embedding, data_offsets: [data.byteLength, data.byteLength + head.byteLength] };
+  const text = Buffer.from(JSON.stringify({ ...header, 'lm_head.weight': lm_head }));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(text.byteLength));
+  await writeFile(path, Buffer.concat([length, text, data, head]));
 }
 
 async function errorOf(promise: Promise<unknown>): Promise<LaminaError> {
@@ -90,6 +108,14 @@ describe('readModel', () => {
     expect(model.eosTokenIds).toEqual([0, 7]);
     expect(model.generationDefaults.temperature).toBe(0);
     expect(model.chatTemplate).toBe('hello');
+  });
+
+  it.each([
+    ['a list', [{ name: 'default', template: 'hello' }]],
+    ['an object', { tool_use: 'tools', default: 'hello' }],
+  ])('takes the template named default of %s', async (_, chat_template) => {
+    await editJson('tokenizer_config.json', { chat_template });
+    expect((await readModel(dir)).chatTemplate).toBe('hello');
   });
 
   it('does without generation_config.json, head_dim and num_key_value_heads', async () => {
@@ -199,8 +225,30 @@ describe('a damaged checkpoint', () => {
   });
 });
 
+describe('a head that config.json says is tied', () => {
+  it('may lie in the checkpoint as a copy', async () => {
+    await addHead(() => {});
+    await buildModel(dir, { cacheDir });
+  });
+
+  it('is refused if it has values of its own, and used if config.json says so', async () => {
+    await addHead((head) => head.writeUInt16LE(0x3c00, head.byteLength - 2));
+    await expectInvalid("tensor 'lm_head.weight' has other values", 'set tie_word_embeddings to false');
+    await editJson('config.json', { tie_word_embeddings: false });
+    await buildModel(dir, { cacheDir });
+  });
+});
+
 describe('a sharded checkpoint', () => {
   const index = 'model.safetensors.index.json';
+  const part = 'part.safetensors';
+  beforeEach(() => rename(join(dir, 'model.safetensors'), join(dir, part)));
+
+  it('is not asked for where there is a single file', async () => {
+    await rename(join(dir, part), join(dir, 'model.safetensors'));
+    await writeFile(join(dir, index), JSON.stringify({ weight_map: { lost: 'model-00001-of-00002.safetensors' } }));
+    await buildModel(dir, { cacheDir });
+  });
 
   it('is reported when the index names a file that is missing', async () => {
     const weight_map = { 'model.norm.weight': 'model-00002-of-00002.safetensors' };
@@ -209,9 +257,9 @@ describe('a sharded checkpoint', () => {
   });
 
   it('is reported when a file has not what the index says', async () => {
-    const weight_map = { 'model.norm.weight': 'model.safetensors', lost: 'model.safetensors' };
+    const weight_map = { 'model.norm.weight': part, lost: part };
     await writeFile(join(dir, index), JSON.stringify({ weight_map }));
-    await expectInvalid(join(dir, index), "model.safetensors has tensor 'lost', but it has not");
+    await expectInvalid(join(dir, index), "part.safetensors has tensor 'lost', but it has not");
   });
 
   it.each(['../model.safetensors', '/etc/passwd', 'weights.bin', '..'])(
