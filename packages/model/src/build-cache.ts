@@ -74,8 +74,12 @@ async function claim(partial: string): Promise<string | null> {
   if (current === null) {
     await mkdir(fresh);
     await writeFile(join(fresh, name), '');
-    const isOurs = await succeeds(rename(fresh, partial));
-    if (!isOurs) await rm(fresh, { recursive: true, force: true });
+    let isOurs = false;
+    try {
+      isOurs = await wasFirst(rename(fresh, partial));
+    } finally {
+      if (!isOurs) await rm(fresh, { recursive: true, force: true });
+    }
     return isOurs ? join(partial, name) : null;
   }
   const owner = current.find((file) => file.startsWith(OWNER));
@@ -86,7 +90,7 @@ async function claim(partial: string): Promise<string | null> {
   }
   if (await isAlive(join(partial, owner), owner)) return null;
   await touch(join(partial, owner));
-  return (await succeeds(rename(join(partial, owner), join(partial, name)))) ? join(partial, name) : null;
+  return (await wasFirst(rename(join(partial, owner), join(partial, name)))) ? join(partial, name) : null;
 }
 
 async function isAlive(path: string, name: string): Promise<boolean> {
@@ -154,12 +158,21 @@ async function removeAbandoned(cacheDir: string): Promise<void> {
   }
 }
 
-async function succeeds(promise: Promise<unknown>): Promise<boolean> {
+/** Errors of a rename whose source or target another process has just renamed; EPERM: on Windows, of an open directory. */
+const OVERTAKEN: readonly string[] = [
+  'ENOENT',
+  'ENOTEMPTY',
+  'EEXIST',
+  ...(process.platform === 'win32' ? ['EPERM'] : []),
+];
+
+/** False if another process was faster. Anything else would fail again for ever, so it is thrown. */
+async function wasFirst(renamed: Promise<void>): Promise<boolean> {
   try {
-    await promise;
+    await renamed;
     return true;
   } catch (error) {
-    if (systemErrorCode(error) === '') throw error;
+    if (!OVERTAKEN.includes(systemErrorCode(error))) throw error;
     return false;
   }
 }

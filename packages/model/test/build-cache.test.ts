@@ -135,6 +135,19 @@ describe('a build', () => {
   });
 });
 
+describe('a build whose place is taken', () => {
+  it('says so, and does not wait for what cannot be', async () => {
+    await buildModel(dir, { cacheDir });
+    const [name = ''] = await readdir(cacheDir);
+    await rm(join(cacheDir, name), { recursive: true });
+    await writeFile(join(cacheDir, `${name}.partial`), 'no directory');
+    const error: unknown = await buildModel(dir, { cacheDir }).catch((reason) => reason);
+    expect(error).toMatchObject({ code: 'config_invalid' });
+    expect(String(error)).toContain('ENOTDIR');
+    expect(await readdir(cacheDir)).toEqual([`${name}.partial`]);
+  });
+});
+
 describe('a build whose process was killed', () => {
   it('goes on where it was, and ends with the same bytes', async () => {
     await buildAndDie();
