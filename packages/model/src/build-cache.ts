@@ -10,7 +10,7 @@
  * 2. One process builds, others wait for it. An owner whose process is gone, or that has not touched its file for
  *    STALE_AFTER_MS, is replaced, by renaming its file: one of several succeeds.
  * 3. What is written depends on the target's name alone, so an owner that was replaced by mistake (it slept) does no
- *    harm: both write the same bytes, and the second to finish finds the result there.
+ *    harm: both write the same bytes, and the one that still has its file publishes them.
  */
 import { randomUUID } from 'node:crypto';
 import { mkdir, readdir, rename, rm, stat, utimes, writeFile } from 'node:fs/promises';
@@ -52,17 +52,23 @@ export async function buildOnce(target: string, steps: BuildSteps): Promise<void
       }
       await removeAbandoned(dirname(target));
       await steps.build(partial);
+      // Replaced while it slept: the one that replaced it may be writing the same bytes again, and publishes them.
+      if (!(await isThere(owner))) continue;
       await rm(owner, { force: true });
       await publish(partial, target, steps);
     } catch (error) {
       // Replaced while it slept, and overtaken: what it worked on has been published or removed.
-      if (systemErrorCode(error) === 'ENOENT' && (await stat(owner).catch(() => null)) === null) continue;
+      if (systemErrorCode(error) === 'ENOENT' && !(await isThere(owner))) continue;
       await rm(partial, { recursive: true, force: true }).catch(() => {});
       throw error;
     } finally {
       clearInterval(heartbeat);
     }
   }
+}
+
+async function isThere(path: string): Promise<boolean> {
+  return (await stat(path).catch(() => null)) !== null;
 }
 
 /** Path of the owner's file if the partial directory is now this caller's; null if it may be another's. */

@@ -186,7 +186,7 @@ async function build(
   const sizes = FILE_NAMES.map(async (name) => [name, (await stat(join(dir, name))).size] as const);
   const files = Object.fromEntries(await Promise.all(sizes));
   await writeFile(join(dir, MANIFEST_FILE_NAME), JSON.stringify({ key, files }));
-  await rm(journal);
+  await rm(journal, { force: true });
 }
 
 async function isComplete(target: string, key: string): Promise<boolean> {

@@ -21,6 +21,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LaminaError } from '@lamina/tensor';
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest';
+import { buildOnce } from '../src/build-cache.ts';
 import { buildModel } from '../src/build-model.ts';
 import { checkFreeSpace } from '../src/disk-space.ts';
 import { WEIGHT_FORMATS, type WeightFormat } from '../src/weight-storage.ts';
@@ -145,6 +146,26 @@ describe('a build whose place is taken', () => {
     expect(error).toMatchObject({ code: 'config_invalid' });
     expect(String(error)).toContain('ENOTDIR');
     expect(await readdir(cacheDir)).toEqual([`${name}.partial`]);
+  });
+});
+
+describe('a build whose owner was replaced while it slept', () => {
+  it('is published by the one that replaced it', async () => {
+    const target = join(cacheDir, 'model');
+    let isPublishedByOther = false;
+    await buildOnce(target, {
+      isComplete: () => stat(target).then(Boolean, () => false),
+      async build(partial) {
+        const owner = join(partial, (await readdir(partial))[0] ?? '');
+        await rename(owner, `${owner}-other`);
+        setTimeout(async () => {
+          await rm(`${owner}-other`).catch(() => {});
+          isPublishedByOther = true;
+          await rename(partial, target).catch(() => {});
+        }, 200);
+      },
+    });
+    expect(isPublishedByOther).toBe(true);
   });
 });
 
