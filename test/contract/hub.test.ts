@@ -5,7 +5,8 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, 
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { type PullProgress, pullModel, readModel, resolveModel } from '@lamina/model';
+import { buildModel, type PullProgress, pullModel, readModel, resolveModel } from '@lamina/model';
+import { writeGenaiExport } from '@lamina/testkit';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 import { startTestCluster } from '../cluster.ts';
 import { HubServer, sha } from './hub-server.ts';
@@ -207,6 +208,107 @@ describe('which weights', () => {
   ])('refuses %s', async (_, asked, files, message) => {
     hub.repos.set(REPO, { files });
     await expect(pullModel(REPO, access({ weights: asked }))).rejects.toMatchObject({ code: 'model_invalid', message });
+  });
+});
+
+describe('folders of onnxruntime-genai', () => {
+  const CPU = 'cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4';
+  const CUDA = 'cuda/cuda-int4-rtn-block-32';
+  const GRAPH = 'phi3-mini-cpu-int4.onnx';
+  let exported: Record<string, Uint8Array>;
+  /** The files of an export as the model builder lays them out in one folder. */
+  const inFolder = (folder: string): Record<string, Uint8Array | string> =>
+    Object.fromEntries(Object.entries(exported).map(([name, bytes]) => [`${folder}/${name}`, bytes]));
+  const foreign = (folder: string) => ({
+    [`${folder}/genai_config.json`]: '{}',
+    [`${folder}/model.onnx`]: small(folder),
+    [`${folder}/model.onnx.data`]: Buffer.alloc(70_000, 5),
+  });
+  const pulled = [
+    'genai_config.json',
+    'phi3-mini-cpu-int4.onnx',
+    'phi3-mini-cpu-int4.onnx.data',
+    'tokenizer.json',
+    'tokenizer_config.json',
+  ];
+
+  beforeAll(async () => {
+    const dir = mkdtempSync(join(tmpdir(), 'lamina-genai-'));
+    await writeGenaiExport(dir, { operator: 'gqa', packed: true }, { precision: 'q4', fileName: GRAPH });
+    exported = Object.fromEntries(readdirSync(dir).map((name) => [name, readFileSync(join(dir, name))]));
+    rmSync(dir, { recursive: true });
+    expect(Object.keys(exported).sort()).toEqual(pulled);
+  });
+
+  it('takes the only one for CPUs, of it all that is needed and nothing else, and the result loads', async () => {
+    const files = {
+      'README.md': 'x',
+      'config.json': '{}',
+      ...foreign(CUDA),
+      ...inFolder(CPU),
+      [`${CPU}/configuration_phi3.py`]: 'import os',
+      [`${CPU}/deeper/model.onnx`]: 'x',
+    };
+    hub.repos.set(REPO, { files });
+    const { dir, variant } = await pullModel(REPO, access());
+    expect(variant).toBe(`genai/${CPU}`);
+    // config.json is at the top, for all of them.
+    expect(names(dir)).toEqual(['config.json', ...pulled]);
+    const model = await readModel(dir);
+    expect(model).toMatchObject({ modelId: 'tiny', contextLength: 256, vocabSize: 264, eosTokenIds: [256, 7] });
+    const built = await buildModel(dir, { cacheDir: join(cacheDir, 'built') });
+    expect(built).toMatchObject({ uncutKind: 'published', uncutGraphPath: join(dir, GRAPH) });
+    hub.takeSeen();
+    expect(await resolveModel(REPO, access())).toBe(dir);
+    expect(await resolveModel(`${REPO}:${CPU}`, access())).toBe(dir);
+    expect(hub.takeSeen()).toEqual([]);
+  });
+
+  it('takes the folder that the name says, beside another', async () => {
+    const other = 'cpu_and_mobile/cpu-int4-awq-block-128';
+    hub.repos.set(REPO, { files: { ...inFolder(CPU), ...inFolder(other), ...foreign(CUDA) } });
+    await expect(pullModel(REPO, access())).rejects.toMatchObject({
+      code: 'model_invalid',
+      message:
+        /models in 3 folders, 2 of them for CPUs by name; name one, as in lamina\/tiny:cpu_and_mobile\/\S+ \(it has: cpu_and_mobile\/cpu-int4-rtn-block-32-acc-level-4, cpu_and_mobile\/cpu-int4-awq-block-128, cuda\/cuda-int4-rtn-block-32\)/,
+    });
+    expect(names(cacheDir)).toEqual([]);
+    const first = await pullModel(`${REPO}:${CPU}`, access());
+    const second = await pullModel(`${REPO}@main:${other}/`, access());
+    expect(second.dir).not.toBe(first.dir);
+    expect((await readModel(second.dir)).modelId).toBe('tiny');
+    expect(await resolveModel(REPO, access())).toBe(second.dir);
+    expect(await resolveModel(`${REPO}:${CPU}`, access())).toBe(first.dir);
+  });
+
+  it('takes the only folder whatever it is for, and a model at the top', async () => {
+    hub.repos.set(REPO, { files: inFolder('gpu') });
+    expect((await pullModel(REPO, access())).variant).toBe('genai/gpu');
+    hub.repos.set(REPO, { files: { ...exported, ...foreign(CPU) } });
+    const top = await pullModel(REPO, access());
+    expect(names(top.dir)).toEqual(pulled);
+  });
+
+  it('is a folder of safetensors or of transformers.js only where that is named', async () => {
+    hub.repos.set(REPO, { files: { ...tinyFiles, ...inFolder(CPU) } });
+    expect((await pullModel(REPO, access())).variant).toBe('safetensors');
+    expect((await pullModel(`${REPO}:${CPU}`, access())).variant).toBe(`genai/${CPU}`);
+  });
+
+  it.each([
+    [
+      'a folder that is not there',
+      `${REPO}:cpu`,
+      undefined,
+      /has no folder 'cpu' with a genai_config.json.*it has: cuda/,
+    ],
+    ['weights of it', REPO, 'q4', /has no weights 'q4', but a model in each of its folders; name one, as in .*:cuda/],
+    ['a folder and weights', `${REPO}:${CUDA}`, 'q4', /leave --weights out/],
+    ['a folder outside', `${REPO}:../${CUDA}`, undefined, /names no repository/],
+    ['a folder without a graph', `${REPO}:empty`, undefined, /no \*\.onnx in its folder 'empty'/],
+  ])('refuses %s', async (_, name, asked, message) => {
+    hub.repos.set(REPO, { files: { ...foreign(CUDA), 'empty/genai_config.json': '{}' } });
+    await expect(pullModel(name, access({ weights: asked }))).rejects.toThrow(message);
   });
 });
 

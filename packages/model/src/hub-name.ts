@@ -1,5 +1,6 @@
 /**
- * Owns how a model is named: a directory, or a repository of the hub at a revision; and where pulled repositories lie.
+ * Owns how a model is named: a directory, or a repository of the hub at a revision, or one folder of it
+ * (`owner/name@revision:folder`); and where pulled repositories lie.
  *
  * Invariants
  * 1. What is a directory is never taken for a repository; `models/NAME` is always a path (the hub allows no such owner).
@@ -15,26 +16,30 @@ export interface RepoName {
   readonly name: string;
   /** Branch, tag or commit. */
   readonly revision: string;
+  /** The folder of the repository in which the model is, with slashes; undefined where the name leaves it open. */
+  readonly folder: string | undefined;
 }
 
 const DEFAULT_REVISION = 'main';
 
 const PART = '[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?';
-const REPO = new RegExp(`^(${PART})/(${PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?$`);
+const FOLDER = '[A-Za-z0-9_][A-Za-z0-9._ +=/-]*';
+const REPO = new RegExp(`^(${PART})/(${PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?(?::(${FOLDER}))?$`);
 
-/** `owner/name` or `owner/name@revision`; undefined for anything else. */
+/** `owner/name`, with `@revision`, `:folder` or both behind it; undefined for anything else. */
 export function parseRepoName(text: string): RepoName | undefined {
-  const [, owner, name, revision = DEFAULT_REVISION] = REPO.exec(text) ?? [];
+  const [, owner, name, revision = DEFAULT_REVISION, folder] = REPO.exec(text) ?? [];
   if (owner === undefined || name === undefined || owner === 'models') return undefined;
-  if (name.includes('..') || owner.includes('..') || revision.includes('..')) return undefined;
-  return { repo: `${owner}/${name}`, owner, name, revision };
+  if ([owner, name, revision, folder].some((part) => part?.includes('..'))) return undefined;
+  return { repo: `${owner}/${name}`, owner, name, revision, folder: folder?.replace(/\/+$/, '') };
 }
 
 /** @throws LaminaError `config_invalid` */
 export function requireRepoName(text: string): RepoName {
   const name = parseRepoName(text);
   if (name !== undefined) return name;
-  throw new LaminaError('config_invalid', `"${text}" names no repository; write owner/name or owner/name@revision`);
+  const forms = 'owner/name, owner/name@revision or owner/name@revision:folder';
+  throw new LaminaError('config_invalid', `"${text}" names no repository; write ${forms}`);
 }
 
 /** What of a repository was pulled: all of a variant, or only what a gateway reads. */
@@ -52,5 +57,5 @@ export function repoPlaces(cacheDir: string, { owner, name, revision }: RepoName
 
 /** Directory of one variant of one commit: complete when it exists. */
 export function variantDir({ root }: RepoPlaces, { name }: RepoName, commit: string, variant: string): string {
-  return join(root, `${commit.slice(0, 12)}-${variant}`, name);
+  return join(root, `${commit.slice(0, 12)}-${encodeURIComponent(variant)}`, name);
 }

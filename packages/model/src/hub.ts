@@ -14,7 +14,7 @@ import { z } from 'zod';
 import { checkFreeSpace } from './disk-space.ts';
 import { type HubAccess, HubClient } from './hub-client.ts';
 import { bytesAt, downloadFile } from './hub-download.ts';
-import { SAFETENSORS_VARIANT, selectFiles, TEXT_VARIANT } from './hub-files.ts';
+import { genaiVariant, SAFETENSORS_VARIANT, selectFiles, TEXT_VARIANT } from './hub-files.ts';
 import { whileLocked } from './hub-lock.ts';
 import { parseRepoName, type RepoName, type RepoPlaces, repoPlaces, requireRepoName, variantDir } from './hub-name.ts';
 import { reasonOf, systemErrorCode } from './model-error.ts';
@@ -77,7 +77,7 @@ export async function repoMeant(name: string): Promise<RepoName | undefined> {
   return repo === undefined || (await isDirectory(resolve(name))) ? undefined : repo;
 }
 
-/** Downloads what is missing of `owner/name[@revision]`, as the revision is now. */
+/** Downloads what is missing of `owner/name[@revision][:folder]`, as the revision is now. */
 export function pullModel(repoName: string, options: PullOptions): Promise<PulledModel> {
   return Promise.resolve().then(() => pull(requireRepoName(repoName), options));
 }
@@ -85,7 +85,7 @@ export function pullModel(repoName: string, options: PullOptions): Promise<Pulle
 async function pull(name: RepoName, options: PullOptions): Promise<PulledModel> {
   const client = new HubClient(options);
   const listing = await client.list(name);
-  const { variant, files } = selectFiles(name.repo, listing.files, options.weights, options.textOnly);
+  const { variant, files } = selectFiles(name.repo, listing.files, { ...options, folder: name.folder });
   const places = repoPlaces(options.cacheDir, name);
   const dir = variantDir(places, name, listing.commit, variant);
   const totalBytes = files.reduce((sum, { bytes }) => sum + bytes, 0);
@@ -98,7 +98,7 @@ async function pull(name: RepoName, options: PullOptions): Promise<PulledModel> 
       await mkdir(partial, { recursive: true });
       const source = { client, name, commit: listing.commit };
       const here = new Map<string, number>();
-      for (const file of files) here.set(file.path, await bytesAt(join(partial, file.path), file));
+      for (const file of files) here.set(file.path, await bytesAt(join(partial, file.localPath), file));
       const resumedBytes = sum(here);
       await checkFreeSpace(partial, totalBytes - resumedBytes, name.repo);
       for (const file of files) {
@@ -108,7 +108,7 @@ async function pull(name: RepoName, options: PullOptions): Promise<PulledModel> 
           options.onProgress?.({ repo, file: file.path, doneBytes: sum(here), totalBytes, resumedBytes });
         };
         report(here.get(file.path) ?? 0);
-        await downloadFile(source, file, join(partial, file.path), report);
+        await downloadFile(source, file, join(partial, file.localPath), report);
       }
       await rename(partial, dir);
       return false;
@@ -134,7 +134,8 @@ async function findCached(name: RepoName, { cacheDir, weights, textOnly }: PullO
   // A commit needs no reference: it never moves.
   const commit = last?.commit ?? (/^[0-9a-f]{40}$/.test(name.revision) ? name.revision : undefined);
   if (commit === undefined) return undefined;
-  const wanted = weights ?? (last === undefined || last.variant === TEXT_VARIANT ? SAFETENSORS_VARIANT : last.variant);
+  const asked = name.folder === undefined ? weights : genaiVariant(name.folder);
+  const wanted = asked ?? (last === undefined || last.variant === TEXT_VARIANT ? SAFETENSORS_VARIANT : last.variant);
   const candidates = textOnly === true ? [wanted, TEXT_VARIANT] : [wanted];
   for (const variant of candidates) {
     const dir = variantDir(places, name, commit, variant);

@@ -19,8 +19,9 @@ export function addModelCommands(model: Command): void {
   model
     .command('pull')
     .description('download what is needed of a model into the cache; continues where it was broken off')
-    .argument('<repo>', 'owner/name or owner/name@revision of the hub')
+    .argument('<repo>', 'owner/name[@revision][:folder] of the hub')
     .option('--weights <variant>', 'safetensors, or an ONNX variant: fp32, fp16, q4, q4f16, int8, ...')
+    .option('--folder <path>', 'the model of one folder, as repo:path (onnxruntime-genai)')
     .action((repo: string, flags: PullFlags) =>
       finish(async () => (await import('./pull.ts')).runPull(repo, flags, processEnvironment())),
     );

@@ -7,10 +7,12 @@ import { showPull } from './progress.ts';
 
 export interface PullFlags {
   readonly weights?: string;
+  readonly folder?: string;
 }
 
-export async function runPull(repo: string, flags: PullFlags, environment: Environment): Promise<number> {
+export async function runPull(given: string, flags: PullFlags, environment: Environment): Promise<number> {
   const shown = showPull(process.stderr);
+  const repo = flags.folder === undefined ? given : `${given}:${flags.folder}`;
   const options = { ...hubVariables(environment), cacheDir: cacheDirOf(environment), weights: flags.weights };
   try {
     const pulled = await pullModel(repo, { ...options, ...shown });

@@ -2,14 +2,14 @@
  * Owns recognising a directory of a published ONNX decoder and what its JSON files say of it.
  *
  *   transformers.js, optimum    onnx/model*.onnx (or beside it), config.json
- *   onnxruntime-genai           model.onnx, genai_config.json
+ *   onnxruntime-genai           genai_config.json, and the graph that it names beside it
  *
  * Invariants
  * 1. A directory with safetensors is a checkpoint, unless a variant of its ONNX decoder is asked for by name.
  * 2. config.json decides nothing of the arithmetic here: the graph does. It is read for lengths and token ids.
  */
 import { readdir } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { AttentionSpec } from '@lamina/tensor';
 import { z } from 'zod';
 import { modelInvalid, systemErrorCode } from '../model-error.ts';
@@ -40,7 +40,11 @@ export interface PublishedDecoder {
 }
 
 const DEFAULT_VARIANT = 'fp32';
+const GENAI_CONFIG = 'genai_config.json';
+/** The variant of a graph whose name says none. */
+const GENAI_VARIANT = 'genai';
 const GRAPH_NAME = /^(?:decoder_)?model(?:_merged)?(?:_([a-z0-9]+))?\.onnx$/;
+const RESTORE = 'restore the file from where the model was downloaded';
 const SAFETENSORS = /\.safetensors$|\.safetensors\.index\.json$/;
 
 const configSchema = z.looseObject({
@@ -59,8 +63,10 @@ const genaiSchema = z.looseObject({
     context_length: z.int().positive().nullish(),
     eos_token_id: tokenIdsSchema,
     bos_token_id: z.int().nonnegative().nullish(),
+    decoder: z.looseObject({ filename: z.string().nullish() }).nullish(),
   }),
 });
+type GenaiConfig = z.infer<typeof genaiSchema>['model'];
 
 /**
  * Path of the graph that is meant by `variant`, or by none; null if the directory is no published decoder.
@@ -79,8 +85,17 @@ export async function findPublishedGraph(
       if (match !== null) found.set(match[1] ?? DEFAULT_VARIANT, join(dir, folder, name));
     }
   }
-  if (found.size === 0 && variant === undefined) return null;
   if (isCheckpoint && variant === undefined) return null;
+  const named = (await readGenaiConfig(dir))?.decoder?.filename ?? null;
+  if (named !== null) {
+    if (basename(named) !== named) {
+      throw modelInvalid(join(dir, GENAI_CONFIG), `decoder.filename '${named}' is no file beside it`, RESTORE);
+    }
+    const match = GRAPH_NAME.exec(named);
+    const own = match === null ? GENAI_VARIANT : (match[1] ?? DEFAULT_VARIANT);
+    if (variant === undefined || variant === own) return { path: join(dir, named), variant: own };
+  }
+  if (found.size === 0 && variant === undefined) return null;
   const chosen = variant ?? (found.size === 1 ? [...found.keys()][0] : DEFAULT_VARIANT);
   const path = found.get(chosen ?? '');
   if (path !== undefined && chosen !== undefined) return { path, variant: chosen };
@@ -94,8 +109,7 @@ export async function readPublishedDecoder(dir: string, path: string, variant: s
   const { text_config: nested } = parseFile(dir, 'config.json', nestedSchema, json ?? {});
   const outer = parseFile(dir, 'config.json', configSchema, json ?? {});
   const config = { ...outer, ...(nested ? parseFile(dir, 'config.json', configSchema, nested) : {}) };
-  const genaiJson = await readOptionalJson(dir, 'genai_config.json');
-  const genai = genaiJson === null ? null : parseFile(dir, 'genai_config.json', genaiSchema, genaiJson).model;
+  const genai = await readGenaiConfig(dir);
   const contextLength =
     genai?.context_length ??
     config.max_position_embeddings ??
@@ -104,8 +118,7 @@ export async function readPublishedDecoder(dir: string, path: string, variant: s
     config.max_seq_len ??
     config.seq_length;
   if (contextLength === null || contextLength === undefined) {
-    const remedy = 'restore the file from where the model was downloaded';
-    throw modelInvalid(join(dir, 'config.json'), 'max_position_embeddings is missing', remedy);
+    throw modelInvalid(join(dir, 'config.json'), 'max_position_embeddings is missing', RESTORE);
   }
   const sliced = sliceDecoder(await readOnnxFile(path), config.sliding_window ?? 0, contextLength);
   return {
@@ -118,10 +131,15 @@ export async function readPublishedDecoder(dir: string, path: string, variant: s
       vocabSize: sliced.shape.vocabSize,
       hiddenSize: sliced.shape.hiddenSize,
       numStages: sliced.attention.numLayers + 1,
-      eosTokenId: config.eos_token_id ?? genai?.eos_token_id ?? null,
-      bosTokenId: config.bos_token_id ?? genai?.bos_token_id ?? null,
+      eosTokenId: genai?.eos_token_id ?? config.eos_token_id ?? null,
+      bosTokenId: genai?.bos_token_id ?? config.bos_token_id ?? null,
     },
   };
+}
+
+async function readGenaiConfig(dir: string): Promise<GenaiConfig | null> {
+  const json = await readOptionalJson(dir, GENAI_CONFIG);
+  return json === null ? null : parseFile(dir, GENAI_CONFIG, genaiSchema, json).model;
 }
 
 async function namesIn(dir: string): Promise<string[]> {

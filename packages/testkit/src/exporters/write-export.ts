@@ -1,12 +1,12 @@
 /**
- * Owns writing a published decoder as a directory: the graph where transformers.js looks for it, configuration and
- * tokenizer beside it.
+ * Owns writing a published decoder as a directory, configuration and tokenizer included: as transformers.js looks for
+ * it, or as a folder of onnxruntime-genai.
  *
  * Invariants
  * 1. The same options give the same bytes; transformers.js and this project run the same directory.
  */
-import { mkdir, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { mkdir, rm, writeFile } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import { encodeModelOf, type OnnxGraph, type OnnxTensor, type OpsetImport } from '@lamina/model';
 import { writeTokenizer } from '../random-checkpoint.ts';
 import { EXPORT_DEFAULTS, type ExportForm, type ExportOptions } from './export-options.ts';
@@ -30,24 +30,64 @@ export async function writeExport(
   form: ExportForm,
   given: Partial<ExportOptions> = {},
 ): Promise<WrittenExport> {
-  const defaults =
-    form.operator === 'gpt2' ? { ...EXPORT_DEFAULTS, numKvHeads: EXPORT_DEFAULTS.numHeads } : EXPORT_DEFAULTS;
-  const options: ExportOptions = { ...defaults, ...given, form };
+  const options = optionsOf(form, given);
   await mkdir(join(dir, 'onnx'), { recursive: true });
   await writeFile(join(dir, 'config.json'), JSON.stringify(configOf(options)));
   await writeTokenizer(dir);
-  const name = `model${SUFFIX[options.precision]}.onnx`;
-  const path = join(dir, 'onnx', name);
+  const path = join(dir, 'onnx', `model${SUFFIX[options.precision]}.onnx`);
+  await writeGraph(path, options, '_data');
+  return { options, path };
+}
+
+/**
+ * Writes a decoder into `dir` (created if missing) as the model builder of onnxruntime-genai lays out one folder:
+ * genai_config.json, which names the graph, the graph with its data beside it, and the tokenizer.
+ */
+export async function writeGenaiExport(
+  dir: string,
+  form: ExportForm,
+  given: Partial<ExportOptions> & { readonly fileName?: string } = {},
+): Promise<WrittenExport> {
+  const { fileName = 'model.onnx', ...rest } = given;
+  const options = optionsOf(form, { ...rest, externalData: true });
+  await mkdir(dir, { recursive: true });
+  await writeTokenizer(dir);
+  // The builder puts what it says into genai_config.json.
+  await rm(join(dir, 'generation_config.json'));
+  const model = {
+    type: 'phi3',
+    bos_token_id: 1,
+    eos_token_id: GENAI_EOS,
+    context_length: options.contextLength,
+    vocab_size: options.vocabSize,
+    decoder: { filename: fileName, head_size: options.headDim, num_hidden_layers: options.numLayers },
+  };
+  await writeFile(join(dir, 'genai_config.json'), JSON.stringify({ model }));
+  const path = join(dir, fileName);
+  await writeGraph(path, options, '.data');
+  return { options, path };
+}
+
+const GENAI_EOS = [256, 7];
+
+function optionsOf(form: ExportForm, given: Partial<ExportOptions>): ExportOptions {
+  const defaults =
+    form.operator === 'gpt2' ? { ...EXPORT_DEFAULTS, numKvHeads: EXPORT_DEFAULTS.numHeads } : EXPORT_DEFAULTS;
+  return { ...defaults, ...given, form };
+}
+
+async function writeGraph(path: string, options: ExportOptions, dataSuffix: string): Promise<void> {
+  const { form } = options;
   const graph = (form.operator === 'gpt2' ? makeGpt2(options) : makeLlama(options)).graph();
   const shaped = form.operator === 'gpt2' && form.merged === true ? mergedGraph(graph) : graph;
   const [irVersion, opsets] = versionsOf(form);
-  if (!options.externalData) await writeFile(path, encodeModelOf(shaped, irVersion, opsets));
-  else {
-    const { initializer, data } = outsideOf(shaped.initializer ?? [], `${name}_data`);
-    await writeFile(path, encodeModelOf({ ...shaped, initializer }, irVersion, opsets));
-    await writeFile(`${path}_data`, data);
+  if (!options.externalData) {
+    await writeFile(path, encodeModelOf(shaped, irVersion, opsets));
+    return;
   }
-  return { options, path };
+  const { initializer, data } = outsideOf(shaped.initializer ?? [], `${basename(path)}${dataSuffix}`);
+  await writeFile(path, encodeModelOf({ ...shaped, initializer }, irVersion, opsets));
+  await writeFile(`${path}${dataSuffix}`, data);
 }
 
 const SUFFIX: Readonly<Record<Precision, string>> = {
