@@ -37,6 +37,12 @@ const MODELS: readonly Published[] = [
     options: { precision: 'q4', externalData: true },
   },
   { name: 'GroupQueryAttention, soft-cap', form: { operator: 'gqa', softcap: 5 }, options: {} },
+  {
+    // Of the prompts, one is long and one outgrows the short tables with its answer.
+    name: 'GroupQueryAttention, tables chosen by length',
+    form: { operator: 'gqa', longAbove: { tokens: 48, by: 'length' } },
+    options: {},
+  },
   { name: 'MultiHeadAttention', form: { operator: 'mha' }, options: { numKvHeads: 4 } },
   { name: 'written out', form: { operator: 'eager', scaling: 'sdpa', mask: 'where' }, options: { tied: true } },
   { name: 'written out, ALiBi', form: { operator: 'eager', scaling: 'mul', mask: 'add', alibi: true }, options: {} },

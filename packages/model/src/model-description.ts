@@ -101,7 +101,6 @@ export async function describePublished(absoluteDir: string, facts: PublishedFac
   return {
     ...own,
     config: null,
-    shortSequences: null,
     ...(await describeText(absoluteDir, own.vocabSize, eosTokenId, bosTokenId)),
   };
 }

@@ -4,8 +4,8 @@
  * Invariants
  * 1. Identity and Constant nodes are gone: an identity is its input under another name, a constant an initializer.
  * 2. A value has one maker: a node, an initializer or the graph's inputs.
- * 3. Nodes with subgraphs do not occur, but for one: If on a Boolean graph input (`use_cache_branch` of merged
- *    decoders) stands for the branch that reads the cache.
+ * 3. Nodes with subgraphs do not occur, but for two: If on a Boolean graph input (`use_cache_branch` of merged decoders)
+ *    stands for the branch that reads the cache; If between constants is one of `choices`, without its subgraphs.
  */
 import { modelInvalid } from '../model-error.ts';
 import {
@@ -40,6 +40,13 @@ export interface GraphInput {
   readonly dims: readonly (number | string)[];
 }
 
+/** An If between tables: what its outputs are if its condition holds, and if not. */
+interface TableChoice {
+  readonly node: GraphNode;
+  readonly thenTables: readonly string[];
+  readonly elseTables: readonly string[];
+}
+
 export class DecoderGraph {
   readonly path: string;
   readonly irVersion: number;
@@ -48,6 +55,7 @@ export class DecoderGraph {
   readonly inputs: readonly GraphInput[];
   readonly outputs: readonly string[];
   readonly initializers: Map<string, PublishedTensor>;
+  readonly choices: TableChoice[] = [];
   readonly #aliases = new Map<string, string>();
   #makers: Map<string, GraphNode> | undefined;
   #users: Map<string, GraphNode[]> | undefined;
@@ -166,13 +174,34 @@ export class DecoderGraph {
       return;
     }
     const branch = node.attributes.get('then_branch')?.g;
-    if (node.opType !== 'If' || this.input(node.inputs[0] ?? '') === undefined || !branch) {
+    const otherwise = node.attributes.get('else_branch')?.g;
+    if (node.opType !== 'If' || !branch || !otherwise) {
       throw this.refuse(node, 'has a subgraph, which is not supported', 'export the decoder without control flow');
     }
-    this.#addAll(branch);
-    for (const [i, inner] of (branch.output ?? []).entries()) {
-      this.#aliases.set(node.outputs[i] ?? '', this.resolved(inner.name ?? ''));
+    if (this.input(node.inputs[0] ?? '') === undefined) {
+      this.#addChoice(node, branch, otherwise);
+      return;
     }
+    const outputs = this.#addBranch(branch);
+    for (const [i, output] of outputs.entries()) this.#aliases.set(node.outputs[i] ?? '', output);
+  }
+
+  /** Adds what a branch makes, and returns the names of its outputs here. */
+  #addBranch(branch: OnnxGraph): string[] {
+    this.#addAll(branch);
+    return (branch.output ?? []).map(({ name }) => this.resolved(name ?? ''));
+  }
+
+  #addChoice(node: GraphNode, branch: OnnxGraph, otherwise: OnnxGraph): void {
+    for (const inner of [...(branch.node ?? []), ...(otherwise.node ?? [])]) {
+      if (inner.opType === 'Constant' || inner.opType === 'Identity') continue;
+      const problem = `computes in its branches (${inner.opType} '${inner.name}'); only a choice of tables is supported`;
+      throw this.refuse(node, problem, 'export the decoder without control flow');
+    }
+    const plain = { ...node, attributes: new Map<string, OnnxAttribute>() };
+    this.nodes.push(plain);
+    const [thenTables, elseTables] = [this.#addBranch(branch), this.#addBranch(otherwise)];
+    this.choices.push({ node: plain, thenTables, elseTables });
   }
 
   #addConstant(node: GraphNode, name: string): void {

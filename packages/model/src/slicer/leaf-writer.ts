@@ -4,7 +4,8 @@
  * Invariants
  * 1. A stage takes from outside only the staged graph's inputs (staged-graph.ts) and the tables of the outermost graph.
  * 2. Integers that follow from the number of tokens are computed from this stage's own tokens; what would depend on the
- *    length of a cache or on a mask is refused, since a wave has tokens of many requests.
+ *    length of a cache or on a mask is refused, since a wave has tokens of many requests. So is what changes with the
+ *    length of a request.
  */
 import { STAGED_INPUTS } from '../staged-graph.ts';
 import { type DecoderGraph, type GraphNode, newNode, SUPPORTED_FORMS } from './decoder-graph.ts';
@@ -16,6 +17,8 @@ import { POSITIONS, roleOf, type Sample } from './samples.ts';
 export interface EvaluatedRuns {
   readonly samples: readonly Sample[];
   readonly evaluations: readonly Evaluation[];
+  /** Of a request as long as the context: what is something else there depends on the length of the request. */
+  readonly longest: { readonly sample: Sample; readonly evaluation: Evaluation };
 }
 
 /** Nodes and tables of the outermost graph, shared by all stages. */
@@ -109,6 +112,7 @@ export class LeafWriter {
     if (tensor !== undefined) return this.#initializer(value, tensor);
     if (value === POSITIONS) return STAGED_INPUTS.positionIds.name;
     const integers = this.#integers(value);
+    this.#checkLongest(value, integers);
     if (integers.kind === 'positions') return this.#positions(value, integers.dims);
     if (integers.kind === 'affine') return this.#affine(value, integers);
     const maker = this.#graph.maker(value);
@@ -225,6 +229,23 @@ export class LeafWriter {
     if (!CONSTANT_TYPES.has(first.dataType)) return { kind: 'other' };
     if (isFloating(first.dataType) && !isScalar) return { kind: 'other' };
     return fitIntegers(known, samples, first.dims);
+  }
+
+  /** What was read off short requests must hold for the longest too. */
+  #checkLongest(value: string, integers: Integers): void {
+    if (integers.kind !== 'positions' && integers.kind !== 'affine') return;
+    const { sample, evaluation } = this.#runs.longest;
+    const numbers = evaluation.find(value)?.numbers();
+    if (!numbers) return;
+    const { tokens, past } = sample;
+    const isSame = numbers.every((x, i) => {
+      const expected =
+        integers.kind === 'positions' ? past + i : integers.constant[i]! + integers.perToken[i]! * tokens;
+      return Math.abs(x - expected) < 1e-6;
+    });
+    if (isSame) return;
+    const problem = `'${value}' depends on the length of the request, in ${this.prefix}`;
+    throw this.#graph.refuse(this.#graph.maker(value), problem, SUPPORTED_FORMS);
   }
 
   #refuseInput(value: string): Error {

@@ -15,6 +15,7 @@ import { z } from 'zod';
 import { modelInvalid, systemErrorCode } from '../model-error.ts';
 import { parseFile, readOptionalJson } from '../model-files.ts';
 import { tokenIdsSchema } from '../raw-config.ts';
+import type { ShortSequences } from './length-choice.ts';
 import { readOnnxFile } from './onnx-file.ts';
 import { type SlicedDecoder, sliceDecoder } from './slice-decoder.ts';
 
@@ -22,6 +23,7 @@ import { type SlicedDecoder, sliceDecoder } from './slice-decoder.ts';
 export interface PublishedFacts {
   readonly attention: AttentionSpec;
   readonly contextLength: number;
+  readonly shortSequences: ShortSequences | null;
   readonly vocabSize: number;
   /** Widest context that is carried between stages. */
   readonly hiddenSize: number;
@@ -128,6 +130,7 @@ export async function readPublishedDecoder(dir: string, path: string, variant: s
     facts: {
       attention: sliced.attention,
       contextLength,
+      shortSequences: sliced.shortSequences,
       vocabSize: sliced.shape.vocabSize,
       hiddenSize: sliced.shape.hiddenSize,
       numStages: sliced.attention.numLayers + 1,

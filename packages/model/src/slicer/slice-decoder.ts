@@ -12,6 +12,7 @@ import { type AttentionSite, SITE_DOMAIN, type SiteFacts } from './attention-sit
 import { DecoderGraph, newNode, SUPPORTED_FORMS } from './decoder-graph.ts';
 import { TYPE } from './element-types.ts';
 import type { EvaluatedRuns } from './leaf-writer.ts';
+import { joinChosenTables, type ShortSequences } from './length-choice.ts';
 import type { PublishedFile } from './onnx-file.ts';
 import { evaluateSample, roleOf, SAMPLES, type Sample } from './samples.ts';
 import { planStages, type StagePlan } from './stage-plan.ts';
@@ -22,6 +23,8 @@ import { replaceWritten } from './written-attention.ts';
 export interface SlicedDecoder {
   readonly graph: DecoderGraph;
   readonly attention: AttentionSpec;
+  /** Null: requests of all lengths are fed alike. */
+  readonly shortSequences: ShortSequences | null;
   readonly shape: StagedShape;
   readonly plan: StagePlan;
   /** Writes the staged graph; `place` says where the data of each tensor lies. */
@@ -39,6 +42,7 @@ export function sliceDecoder(file: PublishedFile, windowHint: number, contextLen
   const graph = new DecoderGraph(file);
   if (graph.opset('') < MIN_OPSET)
     throw graph.refuse(undefined, `opset ${graph.opset('')} is too old`, SUPPORTED_FORMS);
+  const shortSequences = joinChosenTables(graph, contextLength);
   const longSample: Sample = { tokens: 2, past: longPastOf(windowHint, contextLength) };
   const [sample] = SAMPLES;
   if (sample === undefined) throw new TypeError('no samples');
@@ -54,7 +58,12 @@ export function sliceDecoder(file: PublishedFile, windowHint: number, contextLen
   const evaluations = SAMPLES.map((each) => evaluateSample(graph, each));
   const [evaluation] = evaluations;
   if (evaluation === undefined) throw new TypeError('no samples');
-  const runs: EvaluatedRuns = { samples: SAMPLES, evaluations };
+  const longest: Sample = { tokens: sample.tokens, past: Math.max(0, contextLength - sample.tokens) };
+  const runs: EvaluatedRuns = {
+    samples: SAMPLES,
+    evaluations,
+    longest: { sample: longest, evaluation: evaluateSample(graph, longest) },
+  };
   const plan = planStages(graph, sites, logits, evaluation);
   const vocabSize = evaluation.value(logits).dims.at(-1) ?? 0;
   if (sizeOf(evaluation.value(logits).dims) !== vocabSize * sample.tokens) {
@@ -70,6 +79,7 @@ export function sliceDecoder(file: PublishedFile, windowHint: number, contextLen
   return {
     graph,
     attention,
+    shortSequences,
     shape,
     plan,
     stagedGraph: (place) => writeStagedGraph({ graph, runs, plan, shape, place }),

@@ -10,6 +10,11 @@ export type ExportForm =
       readonly packed?: boolean;
       /** Where rotary embedding is: in the operator, or a node before it. */
       readonly rotary?: 'inside' | 'interleaved' | 'before' | 'partial';
+      /**
+       * longrope: an If takes other tables for requests of more tokens than that. `by`: what the condition asks, or how
+       * the choice is written where no If is to be (`positions`: joined tables, an offset for long requests).
+       */
+      readonly longAbove?: { readonly tokens: number; readonly by: 'length' | 'tokens' | 'positions' };
       readonly localWindow?: number;
       readonly softcap?: number;
       readonly scale?: number;

@@ -21,7 +21,8 @@ type Attribute =
   | string
   | { readonly float: number }
   | { readonly ints: readonly number[] }
-  | { readonly tensor: OnnxTensor };
+  | { readonly tensor: OnnxTensor }
+  | { readonly graph: OnnxGraph };
 
 const BLOCK = 32;
 /** NormalFloat4, quantile by quantile, as bitsandbytes has it. */
@@ -109,6 +110,27 @@ export class GraphMaker {
   tensor(name: string, type: number, dims: readonly number[], values: ArrayLike<number>): string {
     this.#initializers.push({ name, dataType: type, dims: [...dims], rawData: bytesOf(type, values) });
     return name;
+  }
+
+  /** A subgraph whose outputs are constants of the activations' type: a branch of If. */
+  constantBranch(
+    name: string,
+    tables: Readonly<Record<string, { dims: readonly number[]; values: Float64Array }>>,
+  ): OnnxGraph {
+    const type = this.floatType;
+    const entries = Object.entries(tables);
+    return {
+      name,
+      node: entries.map(([output, { dims, values }]) => ({
+        name: `/${name}/${output}/Constant`,
+        opType: 'Constant',
+        output: [output],
+        attribute: [
+          attributeOf('value', { tensor: { dataType: type, dims: [...dims], rawData: bytesOf(type, values) } }),
+        ],
+      })),
+      output: entries.map(([output, { dims }]) => tensorInfo(output, type, dims)),
+    };
   }
 
   /** Random weights around `center`, in the activations' type. */
@@ -211,13 +233,14 @@ function tensorInfo(
 }
 
 /** Numbers of AttributeProto.AttributeType. */
-const ATTRIBUTE = { float: 1, int: 2, string: 3, tensor: 4, ints: 7 } as const;
+const ATTRIBUTE = { float: 1, int: 2, string: 3, tensor: 4, graph: 5, ints: 7 } as const;
 
 function attributeOf(name: string, value: Attribute): NonNullable<OnnxNode['attribute']>[number] {
   if (typeof value === 'number') return { name, type: ATTRIBUTE.int, i: value };
   if (typeof value === 'string') return { name, type: ATTRIBUTE.string, s: new TextEncoder().encode(value) };
   if ('float' in value) return { name, type: ATTRIBUTE.float, f: value.float };
   if ('ints' in value) return { name, type: ATTRIBUTE.ints, ints: [...value.ints] };
+  if ('graph' in value) return { name, type: ATTRIBUTE.graph, g: value.graph };
   return { name, type: ATTRIBUTE.tensor, t: value.tensor };
 }
 

@@ -20,19 +20,64 @@ export function attentionWriter(maker: GraphMaker, options: ExportOptions): Atte
   throw new TypeError(`no Llama with ${form.operator}`);
 }
 
+interface Table {
+  readonly dims: readonly number[];
+  readonly values: Float64Array;
+}
+
+/** cos or sin of positions 0 to rows - 1, [rows, rotated / 2], of angles that are divided by `divisor`. */
+function rotaryTable(f: (x: number) => number, rows: number, rotated: number, divisor = 1): Table {
+  const half = rotated / 2;
+  const angle = (i: number): number => (Math.floor(i / half) * THETA ** (-(i % half) / half)) / divisor;
+  return { dims: [rows, half], values: Float64Array.from({ length: rows * half }, (_, i) => f(angle(i))) };
+}
+
 /** cos and sin of all positions, [contextLength, rotated / 2]. */
 function rotaryTables(maker: GraphMaker, { contextLength }: ExportOptions, rotated: number): [string, string] {
-  const half = rotated / 2;
-  const table = (name: string, f: (x: number) => number): string =>
-    maker.tensor(
-      name,
-      maker.floatType,
-      [contextLength, half],
-      Float64Array.from({ length: contextLength * half }, (_, i) =>
-        f(Math.floor(i / half) * THETA ** (-(i % half) / half)),
-      ),
-    );
+  const table = (name: string, f: (x: number) => number): string => {
+    const { dims, values } = rotaryTable(f, contextLength, rotated);
+    return maker.tensor(name, maker.floatType, dims, values);
+  };
   return [table('cos_cache', Math.cos), table('sin_cache', Math.sin)];
+}
+
+/** What the angles of long requests are divided by; a factor for each pair does not matter here. */
+const LONG_DIVISOR = 4;
+
+/** longrope: tables for long requests and others for short ones. Returns cos and sin, and what to look them up with. */
+function chosenTables(
+  maker: GraphMaker,
+  { contextLength }: ExportOptions,
+  rotated: number,
+  { tokens: longAbove, by }: NonNullable<Form<'gqa'>['longAbove']>,
+  totalLength: string,
+): [cos: string, sin: string, positions: string] {
+  const tables = (rows: number, divisor?: number): readonly [Table, Table] => [
+    rotaryTable(Math.cos, rows, rotated, divisor),
+    rotaryTable(Math.sin, rows, rotated, divisor),
+  ];
+  const [large, small] = [tables(contextLength, LONG_DIVISOR), tables(longAbove)];
+  if (by === 'positions') {
+    // For providers without If: tables joined, short rows first, and positions moved if the last of them is a long one's.
+    const [cos = '', sin = ''] = ['cos_cache', 'sin_cache'].map((name, i) => {
+      const values = Float64Array.from([...(small[i]?.values ?? []), ...(large[i]?.values ?? [])]);
+      return maker.tensor(name, maker.floatType, [longAbove + contextLength, rotated / 2], values);
+    });
+    const limit = maker.ints([longAbove], []);
+    const last = maker.add('ReduceMax', ['position_ids'], { keepdims: 0 });
+    const isLong = maker.add('Cast', [maker.add('GreaterOrEqual', [last, limit])], { to: ELEMENT.int64 });
+    return [cos, sin, maker.add('Add', ['position_ids', maker.add('Mul', [isLong, limit])])];
+  }
+  const asked =
+    by === 'length'
+      ? totalLength
+      : maker.add('Gather', [maker.add('Shape', ['input_ids']), maker.ints([1], [])], { axis: 0 });
+  const isLong = maker.add('Greater', [asked, maker.ints([longAbove], [])]);
+  const branch = (label: string, [cos, sin]: readonly [Table, Table]) =>
+    maker.constantBranch(`${label}_rope_caches_graph`, { [`cos_cache_${label}`]: cos, [`sin_cache_${label}`]: sin });
+  const branches = { then_branch: { graph: branch('large', large) }, else_branch: { graph: branch('small', small) } };
+  maker.add('If', [isLong], branches, { outputs: ['cos_cache', 'sin_cache'] });
+  return ['cos_cache', 'sin_cache', 'position_ids'];
 }
 
 /** As the model builder of onnxruntime-genai and transformers.js's conversion write it. */
@@ -45,7 +90,11 @@ function groupQuery(maker: GraphMaker, options: ExportOptions, form: Form<'gqa'>
   const totalShape = maker.add('Shape', ['attention_mask']);
   const total = maker.add('Gather', [totalShape, maker.ints([1], [])], { axis: 0 });
   const totalLength = maker.add('Cast', [total], { to: ELEMENT.int32 });
-  const [cos, sin] = rotaryTables(maker, options, rotary === 'partial' ? headDim / 2 : headDim);
+  const rotated = rotary === 'partial' ? headDim / 2 : headDim;
+  const [cos, sin, positions] =
+    form.longAbove === undefined
+      ? [...rotaryTables(maker, options, rotated), 'position_ids']
+      : chosenTables(maker, options, rotated, form.longAbove, total);
   const optional = {
     ...(form.localWindow === undefined ? {} : { local_window_size: form.localWindow }),
     ...(form.softcap === undefined ? {} : { softcap: { float: form.softcap } }),
@@ -61,7 +110,7 @@ function groupQuery(maker: GraphMaker, options: ExportOptions, form: Form<'gqa'>
     }
     if (rotary === 'before') {
       const rotate = (x: string): string =>
-        maker.microsoft('RotaryEmbedding', [x, 'position_ids', cos, sin], { interleaved: 0 });
+        maker.microsoft('RotaryEmbedding', [x, positions, cos, sin], { interleaved: 0 });
       [query, key] = [rotate(query), rotate(key)];
     }
     const caches = ['key', 'value'].map((part) => `past_key_values.${layer}.${part}`);
