@@ -56,6 +56,7 @@ export const PUBLISHED_FORMS: readonly PublishedForm[] = [
   single('GPT-2 written out, merged', { operator: 'gpt2', fused: false, merged: true }),
   single('ai.onnx Attention, rank 4, float mask', { operator: 'onnx', rank: 4, mask: 'float' }),
   single('ai.onnx Attention, rank 3, Boolean mask', { operator: 'onnx', rank: 3, mask: 'bool' }),
+  single('ai.onnx Attention, indexed mask', { operator: 'onnx', rank: 4, mask: 'indexed' }),
   single('ai.onnx Attention, causal', { operator: 'onnx', rank: 4, mask: 'causal' }),
   single('ai.onnx Attention, cache joined before', { operator: 'onnx', rank: 4, mask: 'float', joined: true }),
   single('GroupQueryAttention, q4', { operator: 'gqa' }, { precision: 'q4' }),

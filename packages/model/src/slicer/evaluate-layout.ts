@@ -220,6 +220,28 @@ const range: Rule = (operands) => {
   return [knownValue(operands.in(0).dataType, [length], numbers)];
 };
 
+const gatherNd: Rule = (operands) => {
+  const [x, indices] = [operands.in(0), operands.in(1)];
+  if (operands.int('batch_dims', 0) !== 0) throw new TypeError('batch_dims are not supported');
+  const depth = indices.dims.at(-1) ?? 1;
+  const dims = [...indices.dims.slice(0, -1), ...x.dims.slice(depth)];
+  const inner = sizeOf(x.dims.slice(depth));
+  const strides = stridesOf(x.dims);
+  return [
+    lazyValue(x.dataType, dims, () => {
+      const [numbers, at] = [x.numbers(), indices.numbers()];
+      if (numbers === null || at === null) return null;
+      const out = new Float64Array(sizeOf(dims));
+      for (let i = 0; i * depth < at.length; i++) {
+        let from = 0;
+        for (let axis = 0; axis < depth; axis++) from += axisOf(at[i * depth + axis]!, x.dims[axis]!) * strides[axis]!;
+        out.set(numbers.subarray(from, from + inner), i * inner);
+      }
+      return out;
+    }),
+  ];
+};
+
 /** Updates whole rows or elements of the data: index tuples name a prefix of its dimensions. */
 const scatterNd: Rule = (operands) => {
   const [x, indices, updates] = [operands.in(0), operands.in(1), operands.in(2)];
@@ -260,6 +282,7 @@ export const LAYOUT_RULES: Readonly<Record<string, Rule>> = {
   Split: split,
   Slice: slice,
   Gather: gather,
+  GatherND: gatherNd,
   Expand: expand,
   Tile: tile,
   Trilu: trilu,

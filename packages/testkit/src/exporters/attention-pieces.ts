@@ -45,6 +45,29 @@ export function causalBias(
   return maker.add('Where', [hides, maker.scalar(least), maker.scalar(0)]);
 }
 
+/** The same, Boolean, from indices of batch, query and key that are broadcast against each other. */
+export function indexedMask(maker: GraphMaker): string {
+  const size = (x: string, axis: number): string =>
+    maker.add('Gather', [maker.add('Shape', [x]), maker.ints([axis], [])], { axis: 0 });
+  const [batch, tokens, total] = [size('input_ids', 0), size('input_ids', 1), size('attention_mask', 1)];
+  const [zero, one] = [maker.ints([0], []), maker.ints([1], [])];
+  const range = (start: string, end: string, axes: readonly number[]): string =>
+    maker.add('Unsqueeze', [maker.add('Range', [start, end, one]), maker.ints(axes)]);
+  const batches = range(zero, batch, [1, 2, 3]);
+  const queries = range(maker.add('Sub', [total, tokens]), total, [0, 1, 3]);
+  const keys = range(zero, total, [0, 1, 2]);
+  const isCausal = maker.add('LessOrEqual', [keys, queries]);
+  // attention_mask[batches, keys]: torch.onnx.export writes indexing by several tensors as GatherND.
+  const sizes = [batch, one, one, total].map((each) => maker.add('Unsqueeze', [each, maker.ints([0])]));
+  const shape = maker.add('Concat', sizes, { axis: 0 });
+  const indices = [batches, keys].map((each) =>
+    maker.add('Unsqueeze', [maker.add('Expand', [each, shape]), maker.ints([-1])]),
+  );
+  const isKept = maker.add('Cast', ['attention_mask'], { to: ELEMENT.bool });
+  const isVisible = maker.add('GatherND', [isKept, maker.add('Concat', indices, { axis: -1 })], { batch_dims: 0 });
+  return maker.add('And', [isCausal, isVisible]);
+}
+
 /** Repeats KV heads [batch, kvHeads, total, headDim] for the query heads that share them, as torch traces repeat_kv. */
 export function repeatKv(maker: GraphMaker, { numHeads, numKvHeads, headDim }: ExportOptions, x: string): string {
   if (numHeads === numKvHeads) return x;

@@ -22,11 +22,14 @@ export type ExportForm =
     }
   /** com.microsoft MultiHeadAttention after RotaryEmbedding; `joined`: the cache is joined and repeated before it. */
   | { readonly operator: 'mha'; readonly joined?: boolean }
-  /** ai.onnx Attention of opset 23, its inputs of rank 3 or 4; `joined`: the cache is joined before it. */
+  /**
+   * ai.onnx Attention of opset 23, its inputs of rank 3 or 4; `joined`: the cache is joined before it. `indexed`: a
+   * Boolean mask whose padding is looked up by batch and key, as transformers writes it since 4.53.
+   */
   | {
       readonly operator: 'onnx';
       readonly rank: 3 | 4;
-      readonly mask: 'causal' | 'bool' | 'float';
+      readonly mask: 'causal' | 'bool' | 'float' | 'indexed';
       readonly joined?: boolean;
     }
   /** Written out, as torch.onnx.export traces it. */

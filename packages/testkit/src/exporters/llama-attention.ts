@@ -2,7 +2,7 @@
  * Owns the attention of a Llama-shaped decoder in each of the forms in which exporters write it down.
  */
 
-import { type AttentionWriter, causalBias, projections, repeatKv, toHeads } from './attention-pieces.ts';
+import { type AttentionWriter, causalBias, indexedMask, projections, repeatKv, toHeads } from './attention-pieces.ts';
 import { eagerAttention } from './eager-attention.ts';
 import type { ExportForm, ExportOptions } from './export-options.ts';
 import { ELEMENT, type GraphMaker } from './graph-maker.ts';
@@ -166,7 +166,12 @@ function multiHead(maker: GraphMaker, options: ExportOptions, form: Form<'mha'>)
 function standard(maker: GraphMaker, options: ExportOptions, form: Form<'onnx'>): AttentionWriter {
   const { numHeads, numKvHeads, headDim } = options;
   const [cos, sin] = rotaryTables(maker, options, headDim);
-  const mask = form.mask === 'causal' ? '' : causalBias(maker, {}, form.mask === 'bool');
+  const mask =
+    form.mask === 'causal'
+      ? ''
+      : form.mask === 'indexed'
+        ? indexedMask(maker)
+        : causalBias(maker, {}, form.mask === 'bool');
   const widths = form.rank === 3 ? { q_num_heads: numHeads, kv_num_heads: numKvHeads } : {};
   return (layer, normed) => {
     const [q, k, v] = projections(maker, options, layer, normed);
