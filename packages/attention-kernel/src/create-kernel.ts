@@ -7,13 +7,12 @@
  * 3. 'auto' falls back only when the addon cannot be loaded, never to hide that memory is short.
  */
 import { totalmem } from 'node:os';
-import { blockBytes, type KvLayout, LaminaError } from '@lamina/tensor';
+import { blockBytes, HEAD_DIM_RANGE, type KvLayout, LaminaError } from '@lamina/tensor';
 import type { AttentionKernel, CreateKernelOptions } from './kernel.ts';
 import { loadNativeAddon } from './native-addon.ts';
 import { NativeKernel } from './native-kernel.ts';
 import { PortableKernel } from './portable-kernel.ts';
 
-const MAX_HEAD_DIM = 256;
 const MAX_BLOCK_SIZE_TOKENS = 4096;
 const MAX_THREADS = 1024;
 
@@ -31,7 +30,7 @@ function checkLayout(layout: KvLayout): void {
   checkRange('numLayers', layout.numLayers, 1, 65536, 1);
   checkRange('numKvHeads', layout.numKvHeads, 1, 65536, 1);
   checkRange('numHeads', layout.numHeads, 1, 65536, layout.numKvHeads);
-  checkRange('headDim', layout.headDim, 8, MAX_HEAD_DIM, 8);
+  checkRange('headDim', layout.headDim, HEAD_DIM_RANGE.minimum, HEAD_DIM_RANGE.maximum, HEAD_DIM_RANGE.multipleOf);
   checkRange('blockSizeTokens', layout.blockSizeTokens, 8, MAX_BLOCK_SIZE_TOKENS, 8);
   if (!Number.isFinite(layout.scale)) {
     throw new LaminaError('config_invalid', `attention kernel: scale is ${layout.scale}; it must be finite`);

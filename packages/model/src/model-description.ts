@@ -7,7 +7,7 @@
  */
 import { readdir, stat } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
-import type { AttentionSpec } from '@lamina/tensor';
+import { type AttentionSpec, HEAD_DIM_RANGE } from '@lamina/tensor';
 import { z } from 'zod';
 import { type ModelConfig, modelConfigOf } from './model-config.ts';
 import { modelInvalid } from './model-error.ts';
@@ -98,6 +98,7 @@ export async function readModel(dir: string, variant?: string): Promise<ModelDes
 /** Describes a published decoder that has been read already. */
 export async function describePublished(absoluteDir: string, facts: PublishedFacts): Promise<ModelDescription> {
   const { eosTokenId, bosTokenId, ...own } = facts;
+  checkHeadDim(absoluteDir, own.attention.headDim);
   return {
     ...own,
     config: null,
@@ -109,6 +110,7 @@ async function describeCheckpoint(absoluteDir: string): Promise<ModelDescription
   await refusePickledWeights(absoluteDir);
   const raw = await readRawConfig(absoluteDir);
   const config = modelConfigOf(absoluteDir, raw);
+  checkHeadDim(join(absoluteDir, 'config.json'), config.headDim);
   const short = config.rotaryTables[0]?.short ?? null;
   return {
     config,
@@ -178,6 +180,14 @@ function attentionOf(config: ModelConfig): AttentionSpec {
     ...(attentionSoftcap === null ? {} : { softcap: attentionSoftcap }),
     ...(windowTokens.some((window) => window > 0) ? { windowTokens } : {}),
   };
+}
+
+/** A cluster would refuse it too, but only once its shards are told of the model. */
+function checkHeadDim(file: string, headDim: number): void {
+  const { minimum, maximum, multipleOf } = HEAD_DIM_RANGE;
+  if (headDim >= minimum && headDim <= maximum && headDim % multipleOf === 0) return;
+  const remedy = `use a model whose heads have a multiple of ${multipleOf} elements, ${minimum} to ${maximum}`;
+  throw modelInvalid(file, `head_dim ${headDim} is nothing that attention shards serve`, remedy);
 }
 
 /** Every token must have an embedding; special tokens that are only declared (for images, say) need none. */

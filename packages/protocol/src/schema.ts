@@ -1,7 +1,14 @@
 /**
  * Owns the schema helpers shared by all messages, and the one way a schema failure becomes an error.
  */
-import { type AttentionSpec, type ErrorCode, isErrorCode, type KvLayout, LaminaError } from '@lamina/tensor';
+import {
+  type AttentionSpec,
+  type ErrorCode,
+  HEAD_DIM_RANGE,
+  isErrorCode,
+  type KvLayout,
+  LaminaError,
+} from '@lamina/tensor';
 import { z } from 'zod';
 import { LIMITS } from './limits.ts';
 
@@ -23,7 +30,7 @@ const attentionFields = {
   numLayers: z.int().min(1).max(LIMITS.layers),
   numHeads: z.int().min(1).max(1024),
   numKvHeads: z.int().min(1).max(1024),
-  headDim: z.int().min(8).max(256),
+  headDim: z.int().min(HEAD_DIM_RANGE.minimum).max(HEAD_DIM_RANGE.maximum).multipleOf(HEAD_DIM_RANGE.multipleOf),
   scale: z.number().positive(),
   softcap: z.number().positive().optional(),
   windowTokens: z.array(z.int().min(0)).max(LIMITS.layers).optional(),

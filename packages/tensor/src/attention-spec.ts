@@ -6,6 +6,9 @@
  * 1. Two specs are the same when every field has the same value; an absent field equals only an absent one.
  */
 
+/** Head sizes that attention shards serve: the kernels work on 8 elements at a time. */
+export const HEAD_DIM_RANGE = { minimum: 8, maximum: 256, multipleOf: 8 } as const;
+
 /** How K and V are stored in a block. The wire is always float32. */
 export type KvDtype = 'f16' | 'f32';
 
@@ -15,7 +18,7 @@ export interface AttentionSpec {
   /** Query heads; a multiple of numKvHeads. */
   readonly numHeads: number;
   readonly numKvHeads: number;
-  /** Elements of one head of Q, K and V. */
+  /** Elements of one head of Q, K and V: see HEAD_DIM_RANGE. */
   readonly headDim: number;
   /** Multiplies q.k before the softmax, usually 1/sqrt(headDim). */
   readonly scale: number;

@@ -3,6 +3,7 @@ export { AttentionGather, applySinks } from './attention-gather.ts';
 export {
   type AttentionSpec,
   blockBytes,
+  HEAD_DIM_RANGE,
   type KvDtype,
   type KvLayout,
   kvBytesPerToken,

@@ -13,7 +13,7 @@ export interface RandomCheckpointOptions {
   readonly intermediateSize: number;
   readonly numHeads: number;
   readonly numKvHeads: number;
-  /** A multiple of 16: ONNX Runtime's GroupQueryAttention takes no other. */
+  /** A multiple of 8, up to 256, where shards are to serve it. */
   readonly headDim: number;
   /** At least 257. */
   readonly vocabSize: number;
