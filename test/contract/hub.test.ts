@@ -310,6 +310,22 @@ describe('folders of onnxruntime-genai', () => {
     hub.repos.set(REPO, { files: { ...foreign(CUDA), 'empty/genai_config.json': '{}' } });
     await expect(pullModel(name, access({ weights: asked }))).rejects.toThrow(message);
   });
+
+  it('is served by a cluster that is given its name', async () => {
+    hub.repos.set(REPO, { files: { ...inFolder(CPU), ...foreign(CUDA) } });
+    const cluster = await startTestCluster({
+      model: `${REPO}:${CPU}`,
+      attentionShards: 1,
+      settings: { cacheDir },
+      environment: { HF_ENDPOINT: hub.endpoint, HF_TOKEN: '' },
+    });
+    try {
+      const request = { model: 'tiny', prompt: 'Once', max_tokens: 3, temperature: 0, ignore_eos: true };
+      expect((await cluster.generate(request)).at(-1)).toMatchObject({ finish_reason: 'length' });
+    } finally {
+      await cluster.stop();
+    }
+  }, 60_000);
 });
 
 describe('refusals say what to do', () => {
