@@ -20,13 +20,13 @@ export async function clusterOptionsOf(
   defaults: PortDefaults,
   environment: Environment,
 ): Promise<Omit<ClusterOptions, 'signal'>> {
-  readConfig('gateway', [], environment);
+  const { onnxVariant } = readConfig('gateway', [], environment);
   const natsUrl = flags.natsUrl ?? (environment[SETTINGS.natsUrl.env] || undefined);
   if (natsUrl !== undefined && flags.natsPort !== undefined) {
     throw new LaminaError('config_invalid', 'give --nats-url (LAMINA_NATS_URL) or --nats-port, not both');
   }
   const httpPortOfEnvironment = environment[SETTINGS.httpPort.env];
-  const model = await findModel(modelNameOf(flags.model, environment), environment);
+  const model = await findModel(modelNameOf(flags.model, environment), environment, onnxVariant);
   return {
     attentionShards: flags.attentionShards,
     denseExecutors: flags.denseExecutors,

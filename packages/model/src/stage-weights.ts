@@ -3,9 +3,9 @@
  *
  * Invariants
  * 1. A stage is charged with every weight that it uses. A tied embedding is used by the first stage and the last, and
- *    counts once in a total.
+ *    counts once in a total. Rotary tables, which all stages share, are charged to the first.
  */
-import { readModel } from './model-description.ts';
+import type { ModelConfig } from './model-config.ts';
 import { Checkpoint } from './safetensors.ts';
 import type { Weight } from './weight.ts';
 import { type LayerWeights, layOutWeights } from './weight-layout.ts';
@@ -24,11 +24,16 @@ export interface ModelWeights {
   readonly bytes: number;
 }
 
-/** null for an ONNX decoder. Throws model_invalid, as a build of the same checkpoint would. */
-export async function readStageWeights(dir: string, format: WeightFormat): Promise<ModelWeights | null> {
-  const { config, dir: absoluteDir } = await readModel(dir);
-  if (config === null) return null;
-  const checkpoint = await Checkpoint.open(absoluteDir);
+/** What the products of a graph are computed with: `int8` where activations are rounded to 8 bits before them. */
+export type Activations = 'float32' | 'float16' | 'int8';
+
+/** Throws model_invalid, as a build of the same checkpoint would. */
+export async function checkpointStageWeights(
+  dir: string,
+  config: ModelConfig,
+  format: WeightFormat,
+): Promise<ModelWeights> {
+  const checkpoint = await Checkpoint.open(dir);
   try {
     const layout = layOutWeights(config, { format, checkpoint, locationOf: (path) => path, weightsPath: '' });
     const first = [layout.embedding, layout.positions, ...layout.rotary.flatMap(({ cos, sin }) => [cos, sin])];

@@ -4,21 +4,31 @@
  * Invariants
  * 1. KV is float32 and every block may lie on another shard, so that what is compared is the cut and nothing else.
  * 2. The uncut graph runs before the cluster is started: both never hold the weights at once.
- * 3. Exit status 0 if every token is equal, ties apart; 1 if not.
+ * 3. Both sides are told the same weights, whatever the environment of the services says.
+ * 4. Exit status 0 if every token is equal, ties apart, and no log-probability is further away than rounding explains; 1
+ *    if not.
  */
-import { buildModel, loadTokenizer, type ModelDescription } from '@lamina/model';
+import {
+  buildModel,
+  type DecoderInspection,
+  inspectDecoder,
+  loadTokenizer,
+  type ModelDescription,
+  type WeightsChoice,
+} from '@lamina/model';
 import { SETTINGS } from '@lamina/runtime';
 import { type GreedyResult, UncutReference } from '@lamina/testkit';
-import type { Cluster } from '../cluster.ts';
+import type { Cluster, ServiceSettings } from '../cluster.ts';
 import { generate } from '../demo.ts';
 import { clusterOptionsOf } from '../options.ts';
 import { table } from '../table.ts';
 import { withCluster } from '../with-cluster.ts';
-import { type Comparison, comparePrompt, type DistributedToken } from './compare.ts';
-import { cacheDirOf, type Environment, findModel, modelNameOf } from './find-model.ts';
+import { type Comparison, comparePrompt, type DistributedToken, LOGPROB_TOLERANCE } from './compare.ts';
+import { cacheDirOf, type Environment, findWeights, modelNameOf } from './find-model.ts';
 import { showBytes } from './progress.ts';
 
 export interface CheckFlags {
+  readonly weights?: string;
   readonly attentionShards: number;
   readonly maxTokens: number;
   readonly verbose?: true;
@@ -41,21 +51,24 @@ interface CheckedPrompt {
 }
 
 export async function runCheck(name: string | undefined, flags: CheckFlags, environment: Environment): Promise<number> {
-  const dir = await findModel(modelNameOf(name, environment), environment);
-  const prompts = await answerUncut(dir, cacheDirOf(environment), flags.maxTokens);
+  const { dir, ...choice } = await findWeights(modelNameOf(name, environment), flags.weights, environment);
+  const { form, activations } = await inspectDecoder(dir, choice);
+  const prompts = await answerUncut(dir, choice, cacheDirOf(environment), flags.maxTokens);
   const clusterFlags = { ...flags, model: dir, denseExecutors: 1 };
   const { natsUrl: _, ...options } = await clusterOptionsOf(clusterFlags, PORTS, withoutServer(environment));
   process.stderr.write(`starting ${flags.attentionShards} attention shards\n`);
-  const settings = { ...options.settings, kvDtype: 'f32', spreadAboveTokens: '0' };
+  const settings = { ...options.settings, ...settingsOf(form), kvDtype: 'f32', spreadAboveTokens: '0' };
+  const tolerance = LOGPROB_TOLERANCE[activations];
   return withCluster({ ...options, settings }, async (cluster) => {
     const comparisons: Comparison[] = [];
     for (const { text, tokenIds, expected } of prompts) {
       comparisons.push(
-        comparePrompt(text, tokenIds.length, expected, await answer(cluster, tokenIds, flags.maxTokens)),
+        comparePrompt(text, tokenIds.length, expected, await answer(cluster, tokenIds, flags.maxTokens), tolerance),
       );
     }
-    process.stdout.write(`${describeCheck(comparisons, flags.attentionShards)}\n`);
-    return comparisons.every(({ difference }) => difference === null || difference.isTie) ? 0 : 1;
+    const context = { attentionShards: flags.attentionShards, form, activations };
+    process.stdout.write(`${describeCheck(comparisons, context)}\n`);
+    return comparisons.every((comparison) => isEqual(comparison, tolerance)) ? 0 : 1;
   });
 }
 
@@ -64,9 +77,19 @@ function withoutServer(environment: Environment): Environment {
   return { ...environment, [SETTINGS.natsUrl.env]: undefined };
 }
 
-async function answerUncut(dir: string, cacheDir: string, maxTokens: number): Promise<CheckedPrompt[]> {
+/** What makes every service take the weights that the uncut graph has. */
+function settingsOf(form: DecoderInspection['form']): ServiceSettings {
+  return form.kind === 'onnx' ? { onnxVariant: form.variant } : { onnxVariant: 'auto', weights: form.weights };
+}
+
+async function answerUncut(
+  dir: string,
+  choice: WeightsChoice,
+  cacheDir: string,
+  maxTokens: number,
+): Promise<CheckedPrompt[]> {
   const shown = showBytes(process.stderr, 'building');
-  const built = await buildModel(dir, { cacheDir, onProgress: shown.update }).finally(shown.done);
+  const built = await buildModel(dir, { ...choice, cacheDir, onProgress: shown.update }).finally(shown.done);
   const tokenizer = await loadTokenizer(dir);
   process.stderr.write(`${built.description.modelId}: running the uncut graph\n`);
   const reference = await UncutReference.load(built);
@@ -102,7 +125,16 @@ async function answer(cluster: Cluster, tokenIds: readonly number[], maxTokens: 
   return tokens;
 }
 
-export function describeCheck(comparisons: readonly Comparison[], attentionShards: number): string {
+function isEqual({ difference, worstLogprobDifference: worst }: Comparison, tolerance: number): boolean {
+  return (difference === null || difference.isTie) && worst <= tolerance;
+}
+
+export interface CheckContext extends Pick<DecoderInspection, 'form' | 'activations'> {
+  readonly attentionShards: number;
+}
+
+export function describeCheck(comparisons: readonly Comparison[], context: CheckContext): string {
+  const { attentionShards, form, activations } = context;
   const rows = comparisons.map(({ text, promptTokens, comparedTokens, worstLogprobDifference, difference }) => [
     JSON.stringify(text.length > 40 ? `${text.slice(0, 37)}...` : text),
     String(promptTokens),
@@ -110,15 +142,24 @@ export function describeCheck(comparisons: readonly Comparison[], attentionShard
     worstLogprobDifference.toExponential(1),
     difference === null
       ? 'none'
-      : `at ${difference.index}: ${difference.actual}, not ${difference.expected}${difference.isTie ? ' (a tie)' : ''}`,
+      : `at ${difference.index}: ${difference.actual ?? 'the answer ended'}, not ${difference.expected}${difference.isTie ? ' (a tie)' : ''}`,
   ]);
+  const tolerance = LOGPROB_TOLERANCE[activations];
   const worst = Math.max(...comparisons.map(({ worstLogprobDifference }) => worstLogprobDifference));
   const tokens = comparisons.reduce((sum, { comparedTokens }) => sum + comparedTokens, 0);
-  const wrong = comparisons.filter(({ difference }) => difference !== null && !difference.isTie).length;
+  const wrong = comparisons.filter((comparison) => !isEqual(comparison, tolerance)).length;
   const verdict = wrong === 0 ? 'equal' : `DIFFERENT in ${wrong} of ${comparisons.length} prompts`;
+  const uncut = form.kind === 'onnx' ? form.graph : `${form.weights} weights`;
   return [
     table([['prompt', 'tokens', 'compared', 'worst difference', 'first differing token'], ...rows], [1, 2, 3]),
     '',
-    `${verdict}: ${tokens} tokens on ${attentionShards} attention shards against the uncut graph, fp32 KV; log-probabilities differ by ${worst.toExponential(1)} at most`,
+    `${verdict}: ${tokens} tokens on ${attentionShards} attention shards against the uncut graph (${uncut}), fp32 KV`,
+    `log-probabilities differ by ${worst.toExponential(1)} at most; ${ROUNDING[activations]} explains ${tolerance}`,
   ].join('\n');
 }
+
+const ROUNDING: Readonly<Record<DecoderInspection['activations'], string>> = {
+  float32: 'float32',
+  float16: 'half precision',
+  int8: 'rounding activations to 8 bits',
+};

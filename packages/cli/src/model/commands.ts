@@ -11,7 +11,8 @@ import type { PullFlags } from './pull.ts';
 import type { SynthFlags } from './synth.ts';
 
 const MODEL_HELP = 'directory, or owner/name[@revision] of the hub (default: LAMINA_MODEL, else lamina-tiny)';
-const FORMATS = 'checkpoint, f32, f16, int8 or int4';
+const WEIGHTS_HELP =
+  'of safetensors, how they are stored: checkpoint, f32, f16, int8 or int4; of an ONNX decoder, its variant: fp32, q4, ... (default: LAMINA_WEIGHTS, LAMINA_ONNX_VARIANT)';
 
 export function addModelCommands(model: Command): void {
   model.description('pull, look at, make and check models');
@@ -31,7 +32,7 @@ export function addModelCommands(model: Command): void {
     .description('show how a model is cut: stages, cut edges, KV per token, the interconnect that it needs')
     .argument('[model]', MODEL_HELP)
     .option('--json', 'print it as JSON')
-    .option('--weights <format>', `how weights are stored: ${FORMATS}`)
+    .option('--weights <name>', WEIGHTS_HELP)
     .option('--batch <n>', 'B: requests that decode together', integer(1, 1_000_000), 32)
     .option('--context <tokens>', 'tokens of each request (default: 1024, or all that the model has)', integer(1, 1e9))
     .option('--mtime-ms <ms>', 'MTIME: dense stages of one step, as measured (default: estimated)', real(1e-6, 1e9))
@@ -56,6 +57,7 @@ export function addModelCommands(model: Command): void {
     .command('check')
     .description('compare a cluster with the uncut graph, token by token; exit 1 if they differ')
     .argument('[model]', MODEL_HELP)
+    .option('--weights <name>', WEIGHTS_HELP)
     .option('--attention-shards <n>', 'attention shards to start', integer(1, 256), 2)
     .option('--max-tokens <n>', 'tokens to compare per prompt', integer(1, 100_000), 32)
     .option('--verbose', 'show the logs of all processes on stderr')

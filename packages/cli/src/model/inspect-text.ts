@@ -12,20 +12,23 @@ const EDGE_NOTES: Readonly<Record<CutEdge['name'], string>> = {
   hidden: 'carried to the next stage; never leaves the executor',
 };
 
+const ACTIVATION_NOTES: Readonly<Record<Inspection['activations'], string>> = {
+  float32: '',
+  float16: '; computes in half precision',
+  int8: '; products round their activations to 8 bits',
+};
+
 export function describeInspection(model: Inspection): string {
   const { attention, contextLength, kvBytesPerToken: kv } = model;
   const facts = [
-    ['architecture', `${model.architecture}, ${attention.numLayers} layers, hidden size ${model.hiddenSize}`],
+    [
+      'architecture',
+      `${model.architecture ?? 'not named'}, ${attention.numLayers} layers, ${model.hiddenSize} values a token between stages`,
+    ],
+    ...describeForm(model),
     ['context', `${contextLength} tokens`],
     ['vocabulary', `${model.vocabSize} tokens`],
-    ...(model.weights === null
-      ? []
-      : [
-          [
-            'weights',
-            `${countText(model.weights.parameters)} parameters, ${bytesText(model.weights.bytes)} as ${model.weightFormat}`,
-          ],
-        ]),
+    ['weights', `${countText(model.weights.parameters)} parameters, ${bytesText(model.weights.bytes)}`],
     ...describeAttention(attention),
     ['KV cache', `${bytesText(kv.f16)} per token in f16, ${bytesText(kv.f32)} in f32`],
     ['', `${bytesText(kv.f16 * contextLength)} in f16 for one request of ${contextLength} tokens`],
@@ -39,6 +42,16 @@ export function describeInspection(model: Inspection): string {
     describeEdges(model.cutEdges),
     describeInterconnect(model.interconnect),
   ].join('\n\n');
+}
+
+function describeForm({ form, activations }: Inspection): string[][] {
+  const note = ACTIVATION_NOTES[activations];
+  if (form.kind === 'checkpoint') return [['checkpoint', `stored as ${form.weights}${note}`]];
+  const operators = form.attentionOperators.map((name) => (name === 'MatMul' ? 'MatMul - Softmax - MatMul' : name));
+  return [
+    ['ONNX decoder', `${form.graph} (${form.variant})${note}`],
+    ['', `attention found as ${operators.join(', ')}`],
+  ];
 }
 
 function describeAttention(spec: AttentionSpec): string[][] {
@@ -70,7 +83,6 @@ function describeStages({ weights, attention, numStages }: Inspection): string {
     if (stage === last) return `layer ${attention.numLayers - 1} from its attention on; logits`;
     return 'the layer before from its attention on; the next up to its q, k, v';
   };
-  if (weights === null) return 'weights per stage: known for safetensors only';
   const rows: string[][] = [];
   let from = 0;
   for (const { stage, parameters, bytes } of weights.stages) {
@@ -82,7 +94,7 @@ function describeStages({ weights, attention, numStages }: Inspection): string {
     from = stage + 1;
   }
   const shared = weights.stages.reduce((sum, { bytes }) => sum + bytes, 0) - weights.bytes;
-  const note = shared > 0 ? [`stages 0 and ${last} share the embedding (${bytesText(shared)}, kept once)`] : [];
+  const note = shared >= 1024 ? [`stages share ${bytesText(shared)}, which is kept once: a tied embedding`] : [];
   return [table([['stage', 'parameters', 'weights', '', 'computes'], ...rows], [1, 2]), ...note].join('\n');
 }
 
@@ -117,7 +129,7 @@ function describeInterconnect(net: Interconnect): string {
   const bits = (net.minBytesPerSecond * 8) / 1e6;
   const rate = bits >= 1000 ? `${(bits / 1000).toPrecision(3)} Gbit/s` : `${bits.toPrecision(3)} Mbit/s`;
   return [
-    'minimum interconnect bandwidth, (2 + 2/G) e d B L / (alpha (MTIME + ATIME))   [arXiv 2405.01814]',
+    'minimum interconnect bandwidth, (2 + 2/G) e d B L / (alpha (MTIME + ATIME))   [arXiv 2405.01814, section 3.1]',
     '',
     table(rows, [1]),
     '',

@@ -1,11 +1,12 @@
 /**
  * Owns `lamina model inspect`: the same values for people or as JSON on stdout.
  */
-import { type Environment, findModel, modelNameOf } from './find-model.ts';
+import { type Environment, findWeights, modelNameOf } from './find-model.ts';
 import { describeInspection } from './inspect-text.ts';
 import { type InspectOptions, inspectModel } from './inspection.ts';
 
 export interface InspectFlags extends InspectOptions {
+  readonly weights?: string;
   readonly json?: true;
 }
 
@@ -14,8 +15,8 @@ export async function runInspect(
   flags: InspectFlags,
   environment: Environment,
 ): Promise<number> {
-  const dir = await findModel(modelNameOf(name, environment), environment);
-  const inspection = await inspectModel(dir, flags);
+  const model = await findWeights(modelNameOf(name, environment), flags.weights, environment);
+  const inspection = await inspectModel(model.dir, model, flags);
   process.stdout.write(flags.json ? `${JSON.stringify(inspection, null, 2)}\n` : `${describeInspection(inspection)}\n`);
   return 0;
 }

@@ -4,20 +4,11 @@
  * Invariants
  * 1. Every unit stands in a name: this is what --json prints.
  */
-
-import {
-  DEFAULT_WEIGHT_FORMAT,
-  type ModelWeights,
-  readModel,
-  readStageWeights,
-  WEIGHT_FORMATS,
-  type WeightFormat,
-} from '@lamina/model';
-import { type AttentionSpec, LaminaError } from '@lamina/tensor';
+import { type DecoderInspection, inspectDecoder, type WeightsChoice } from '@lamina/model';
+import type { AttentionSpec } from '@lamina/tensor';
 import { type Interconnect, interconnectOf, WIRE_BYTES } from './interconnect.ts';
 
 export interface InspectOptions {
-  readonly weights?: string;
   readonly batch: number;
   readonly context?: number;
   readonly mtimeMs?: number;
@@ -25,6 +16,7 @@ export interface InspectOptions {
   readonly alpha?: number;
 }
 
+/** The paper's, in its figure 4. */
 const DEFAULT_ALPHA = 0.2;
 const DEFAULT_CONTEXT = 1024;
 
@@ -39,7 +31,12 @@ export interface CutEdge {
 export interface Inspection {
   readonly modelId: string;
   readonly dir: string;
-  readonly architecture: string;
+  /** `model_type` of its configuration; null if it names none. */
+  readonly architecture: string | null;
+  /** A checkpoint and how it is stored, or an ONNX decoder and which of its variants. */
+  readonly form: DecoderInspection['form'];
+  /** What products are computed with. */
+  readonly activations: DecoderInspection['activations'];
   readonly contextLength: number;
   readonly vocabSize: number;
   readonly hiddenSize: number;
@@ -50,24 +47,22 @@ export interface Inspection {
   /** Between an executor and the shards, all attention nodes, both ways. */
   readonly wireBytesPerToken: number;
   readonly kvBytesPerToken: { readonly f16: number; readonly f32: number };
-  readonly weightFormat: WeightFormat;
-  /** null: an ONNX decoder, whose weights are not read here. */
-  readonly weights: ModelWeights | null;
+  readonly weights: DecoderInspection['weights'];
   readonly interconnect: Interconnect;
 }
 
-export async function inspectModel(dir: string, options: InspectOptions): Promise<Inspection> {
-  const weightFormat = requireFormat(options.weights);
-  const description = await readModel(dir);
-  const { attention, modelId, contextLength, vocabSize, hiddenSize, numStages, config } = description;
-  const weights = await readStageWeights(dir, weightFormat);
+export async function inspectModel(dir: string, choice: WeightsChoice, options: InspectOptions): Promise<Inspection> {
+  const { description, architecture, form, activations, weights } = await inspectDecoder(dir, choice);
+  const { attention, modelId, contextLength, vocabSize, hiddenSize, numStages } = description;
   const cutEdges = cutEdgesOf(attention, hiddenSize);
   const onWire = cutEdges.filter(({ name }) => name !== 'hidden');
   const kvElements = attention.numLayers * 2 * attention.numKvHeads * attention.headDim;
   return {
     modelId,
     dir: description.dir,
-    architecture: config?.modelType ?? 'ONNX decoder',
+    architecture,
+    form,
+    activations,
     contextLength,
     vocabSize,
     hiddenSize,
@@ -76,15 +71,14 @@ export async function inspectModel(dir: string, options: InspectOptions): Promis
     cutEdges,
     wireBytesPerToken: attention.numLayers * onWire.reduce((sum, { bytesPerToken }) => sum + bytesPerToken, 0),
     kvBytesPerToken: { f16: kvElements * 2, f32: kvElements * 4 },
-    weightFormat,
     weights,
     interconnect: interconnectOf({
       attention,
       batch: options.batch,
       context: options.context ?? Math.min(DEFAULT_CONTEXT, contextLength),
-      parameters: weights?.parameters ?? 0,
-      weightBytes: weights?.bytes ?? 0,
-      alpha: { value: options.alpha ?? DEFAULT_ALPHA, origin: options.alpha === undefined ? 'assumed' : 'given' },
+      parameters: weights.parameters,
+      weightBytes: weights.bytes,
+      alpha: { value: options.alpha ?? DEFAULT_ALPHA, origin: options.alpha === undefined ? 'paper' : 'given' },
       mtimeMs: options.mtimeMs,
       atimeMs: options.atimeMs,
     }),
@@ -106,10 +100,4 @@ function cutEdgesOf({ numHeads, numKvHeads, headDim }: AttentionSpec, hiddenSize
     edge('attention', 'shards', 'executor', numHeads * headDim),
     edge('hidden', 'executor', 'executor', hiddenSize),
   ];
-}
-
-function requireFormat(given: string = DEFAULT_WEIGHT_FORMAT): WeightFormat {
-  const format = WEIGHT_FORMATS.find((each) => each === given);
-  if (format !== undefined) return format;
-  throw new LaminaError('config_invalid', `--weights "${given}" is none of: ${WEIGHT_FORMATS.join(', ')}`);
 }

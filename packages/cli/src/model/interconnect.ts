@@ -1,5 +1,5 @@
 /**
- * Owns the paper's minimum interconnect bandwidth (arXiv 2405.01814, "model-attention disaggregation") for a model:
+ * Owns the paper's minimum interconnect bandwidth for a model, as section 3.1 of arXiv 2405.01814 gives it:
  *
  *     (2 + 2/G) e d B L / (alpha (MTIME(B) + ATIME(B, l)))
  *
@@ -8,8 +8,8 @@
  * dense stages and the attention compute.
  *
  * Invariants
- * 1. G, d, L are the model's; B and l are given; e is 4, the float32 of our wire; alpha, MTIME and ATIME are assumed
- *    until they are measured and given. Every figure says which of these it is.
+ * 1. G, d, L are the model's; B and l are given; e is 4, the float32 of our wire; alpha is the 0.2 of the paper's figure 4,
+ *    and MTIME and ATIME are assumed, until they are given. Every figure says which of these it is.
  * 2. d is the width of q (heads x head_dim). In the paper's models that is the hidden size, in Qwen3 and Gemma it is not.
  */
 import type { AttentionSpec } from '@lamina/tensor';
@@ -26,8 +26,8 @@ const ASSUMED = {
   attentionBytesPerSecond: 8.5e9,
 } as const;
 
-/** model: follows from the model. given: an option. assumed: a default or an estimate. */
-export type Origin = 'model' | 'given' | 'assumed';
+/** model: follows from the model. given: an option or its default. paper: its value. assumed: an estimate. */
+export type Origin = 'model' | 'given' | 'paper' | 'assumed';
 
 export interface Term {
   readonly value: number;
@@ -39,7 +39,7 @@ export interface InterconnectInput {
   readonly batch: number;
   /** Tokens of each request. */
   readonly context: number;
-  /** Of all stages; 0 where it is not known. */
+  /** Of all stages. */
   readonly parameters: number;
   readonly weightBytes: number;
   readonly alpha: Term;

@@ -78,31 +78,49 @@ export async function findPublishedGraph(
   dir: string,
   variant?: string,
 ): Promise<{ path: string; variant: string } | null> {
-  const found = new Map<string, string>();
+  const { graphs, isCheckpoint, namedVariant } = await publishedGraphs(dir);
+  if (graphs.size === 0 && variant === undefined) return null;
+  if (isCheckpoint && variant === undefined) return null;
+  const chosen = variant ?? namedVariant ?? (graphs.size === 1 ? [...graphs.keys()][0] : DEFAULT_VARIANT);
+  const path = graphs.get(chosen ?? '');
+  if (path !== undefined && chosen !== undefined) return { path, variant: chosen };
+  if (graphs.size === 0) {
+    const problem = `has no ONNX decoder, so none of the variant ${chosen}`;
+    throw modelInvalid(dir, problem, 'name no variant, or use a model that is published as onnx/model*.onnx');
+  }
+  const list = `has the variants ${[...graphs.keys()].sort().join(', ')}`;
+  throw modelInvalid(dir, `${list}${variant === undefined ? '' : `, not ${variant}`}`, 'name one that it has');
+}
+
+export interface PublishedGraphs {
+  /** Paths by variant. */
+  readonly graphs: ReadonlyMap<string, string>;
+  /** Whether safetensors are beside them. */
+  readonly isCheckpoint: boolean;
+  /** The variant of the graph that genai_config.json names. */
+  readonly namedVariant: string | undefined;
+}
+
+/** @throws LaminaError `model_invalid` when genai_config.json names a graph elsewhere. */
+export async function publishedGraphs(dir: string): Promise<PublishedGraphs> {
+  const graphs = new Map<string, string>();
   let isCheckpoint = false;
   for (const folder of ['', 'onnx']) {
     for (const name of await namesIn(join(dir, folder))) {
       isCheckpoint ||= folder === '' && SAFETENSORS.test(name);
       const match = GRAPH_NAME.exec(name);
-      if (match !== null) found.set(match[1] ?? DEFAULT_VARIANT, join(dir, folder, name));
+      if (match !== null) graphs.set(match[1] ?? DEFAULT_VARIANT, join(dir, folder, name));
     }
   }
-  if (isCheckpoint && variant === undefined) return null;
   const named = (await readGenaiConfig(dir))?.decoder?.filename ?? null;
-  if (named !== null) {
-    if (basename(named) !== named) {
-      throw modelInvalid(join(dir, GENAI_CONFIG), `decoder.filename '${named}' is no file beside it`, RESTORE);
-    }
-    const match = GRAPH_NAME.exec(named);
-    const own = match === null ? GENAI_VARIANT : (match[1] ?? DEFAULT_VARIANT);
-    if (variant === undefined || variant === own) return { path: join(dir, named), variant: own };
+  if (named === null) return { graphs, isCheckpoint, namedVariant: undefined };
+  if (basename(named) !== named) {
+    throw modelInvalid(join(dir, GENAI_CONFIG), `decoder.filename '${named}' is no file beside it`, RESTORE);
   }
-  if (found.size === 0 && variant === undefined) return null;
-  const chosen = variant ?? (found.size === 1 ? [...found.keys()][0] : DEFAULT_VARIANT);
-  const path = found.get(chosen ?? '');
-  if (path !== undefined && chosen !== undefined) return { path, variant: chosen };
-  const list = found.size === 0 ? 'has no ONNX decoder' : `has the variants ${[...found.keys()].sort().join(', ')}`;
-  throw modelInvalid(dir, `${list}${variant === undefined ? '' : `, not ${variant}`}`, 'name one that it has');
+  const match = GRAPH_NAME.exec(named);
+  const namedVariant = match === null ? GENAI_VARIANT : (match[1] ?? DEFAULT_VARIANT);
+  graphs.set(namedVariant, join(dir, named));
+  return { graphs, isCheckpoint, namedVariant };
 }
 
 /** Cuts the graph at `path`. Throws model_invalid for a graph that cannot be cut. */
