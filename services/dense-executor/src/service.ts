@@ -23,6 +23,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
   const modelDir = await resolveModel(config.model, {
     ...hubVariables(processEnvironment()),
     cacheDir: config.cacheDir,
+    weights: config.onnxVariant,
     ...logPull(log),
   });
   const description = await readModel(modelDir, config.onnxVariant);

@@ -39,7 +39,9 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const modelDir = await resolveModel(config.model, {
     ...hubVariables(processEnvironment()),
     cacheDir: config.cacheDir,
-    textOnly: true,
+    weights: config.onnxVariant,
+    // The graph of an ONNX decoder says what the configuration of a checkpoint does.
+    textOnly: config.onnxVariant === undefined,
     ...logPull(log),
   });
   const [description, tokenizer] = await Promise.all([
