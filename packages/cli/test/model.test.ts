@@ -160,6 +160,7 @@ describe('lamina model inspect, of a published ONNX decoder', () => {
     );
     expect(model.interconnect.mtimeMs.value).toBeGreaterThan(0);
     const text = describeInspection(model);
+    expect(text).not.toContain('tied');
     for (const part of [
       'onnx/model.onnx (fp32)',
       'GroupQueryAttention',

@@ -76,7 +76,7 @@ function describeAttention(spec: AttentionSpec): string[][] {
 }
 
 /** Neighbours that weigh the same are one row. */
-function describeStages({ weights, attention, numStages }: Inspection): string {
+function describeStages({ weights, attention, numStages, vocabSize }: Inspection): string {
   const last = numStages - 1;
   const work = (stage: number): string => {
     if (stage === 0) return 'embedding; layer 0 up to its q, k, v';
@@ -93,8 +93,11 @@ function describeStages({ weights, attention, numStages }: Inspection): string {
     rows.push([name, countText(parameters), bytesText(bytes), from === stage ? '' : 'each', work(stage)]);
     from = stage + 1;
   }
-  const shared = weights.stages.reduce((sum, { bytes }) => sum + bytes, 0) - weights.bytes;
-  const note = shared >= 1024 ? [`stages share ${bytesText(shared)}, which is kept once: a tied embedding`] : [];
+  const sharedParameters = weights.stages.reduce((sum, { parameters }) => sum + parameters, -weights.parameters);
+  const sharedBytes = weights.stages.reduce((sum, { bytes }) => sum + bytes, -weights.bytes);
+  // Constants that every layer has are shared as well, and not worth a line.
+  const isTied = sharedParameters >= vocabSize;
+  const note = isTied ? [`stages share ${bytesText(sharedBytes)}, which is kept once: a tied embedding`] : [];
   return [table([['stage', 'parameters', 'weights', '', 'computes'], ...rows], [1, 2]), ...note].join('\n');
 }
 
