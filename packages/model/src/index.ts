@@ -13,6 +13,7 @@ export { STAGED_INPUTS, STAGED_OUTPUTS } from './staged-graph.ts';
 export { type SyntheticModelOptions, writeSyntheticModel } from './synth.ts';
 export { SYNTHETIC_SHAPES, type SyntheticShapeName } from './synth-shapes.ts';
 export { type EncodeOptions, loadTokenizer, type Tokenizer } from './tokenizer.ts';
+export { tokenizerDigest } from './tokenizer-files.ts';
 export { UNCUT_NAMES } from './uncut-graph.ts';
 export { WEIGHT_FORMATS, type WeightFormat } from './weight-storage.ts';
 export { chooseWeights, type WeightsChoice } from './weights-choice.ts';

@@ -5,10 +5,12 @@
  * 1. A token's bytes do not depend on its neighbours: the bytes of a sequence are the bytes of its tokens, joined.
  *    (Only the single space that SentencePiece puts before a text does; `stripLeadingSpace` tells the detokenizer.)
  * 2. Special tokens and ids that no token has are no bytes.
+ * 3. `encode` takes time in proportion to the text (times log n for a run without a boundary), whatever the text is.
  */
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { LaminaError } from '@lamina/tensor';
 import { modelInvalid, reasonOf } from './model-error.ts';
+import { PieceCache } from './piece-cache.ts';
 import { type ByteRules, readTokenizerSettings, type TokenizerSettings } from './tokenizer-files.ts';
 
 export interface EncodeOptions {
@@ -24,7 +26,7 @@ export interface Tokenizer {
   readonly vocabSize: number;
   /** True if decoding drops one space at the start of the whole text. */
   readonly stripLeadingSpace: boolean;
-  /** Token ids of a text. Throws invalid_request for text that is not well-formed Unicode or has no tokens. */
+  /** Token ids of a text. Throws invalid_request for text that cannot be tokenized. */
   encode(text: string, options?: EncodeOptions): number[];
   /** Bytes of one token; empty for special tokens and unknown ids. The caller must not change them. */
   tokenBytes(tokenId: number): Uint8Array;
@@ -46,12 +48,16 @@ export async function loadTokenizer(dir: string): Promise<Tokenizer> {
 
 /** What is used of the library's class (its own type declarations do not resolve under `nodenext`). */
 interface InnerTokenizer {
+  /** `cache` of a BPE: its tokens by pre-token. */
+  readonly model: { cache?: PieceCache };
   encode(text: string, options: { add_special_tokens: boolean }): { ids: (number | undefined)[] };
   token_to_id(token: string): number | undefined;
   get_vocab(): Map<string | undefined, number>;
   get_added_tokens_decoder(): Map<number, { special: boolean }>;
 }
 
+/** Unicode's normalization is quadratic in such a run, in native code that cannot be interrupted. Honest text has up to 30. */
+const MAX_COMBINING_MARKS = 1_024;
 const NO_BYTES = new Uint8Array(0);
 const encoder = new TextEncoder();
 
@@ -67,6 +73,7 @@ class ModelTokenizer implements Tokenizer {
 
   constructor(inner: InnerTokenizer, settings: TokenizerSettings) {
     this.#inner = inner;
+    if (inner.model.cache !== undefined) inner.model.cache = new PieceCache();
     this.#settings = settings;
     this.stripLeadingSpace = settings.byteRules.stripLeadingSpace;
     this.#bosTokenId = settings.bosToken === null ? null : (inner.token_to_id(settings.bosToken) ?? null);
@@ -90,9 +97,14 @@ class ModelTokenizer implements Tokenizer {
     if (/\p{Surrogate}/u.test(text)) {
       throw new LaminaError('invalid_request', 'the text has an unpaired UTF-16 surrogate; send well-formed Unicode');
     }
+    for (const [run] of text.matchAll(/\p{M}+/gu)) {
+      if (run.length <= MAX_COMBINING_MARKS) continue;
+      const problem = `the text has more than ${MAX_COMBINING_MARKS} combining marks in a row`;
+      throw new LaminaError('invalid_request', `${problem}; send fewer`);
+    }
     const addSpecialTokens = options.addSpecialTokens ?? true;
     const explicit = this.#settings.addBosTokenIsExplicit;
-    const { ids } = this.#inner.encode(text, { add_special_tokens: addSpecialTokens && !explicit });
+    const ids = this.#encodeInner(text, addSpecialTokens && !explicit);
     const tokenIds: number[] = [];
     if (addSpecialTokens && explicit && this.#settings.addBosToken && this.#bosTokenId !== null) {
       tokenIds.push(this.#bosTokenId);
@@ -104,6 +116,17 @@ class ModelTokenizer implements Tokenizer {
       tokenIds.push(id);
     }
     return tokenIds;
+  }
+
+  #encodeInner(text: string, addSpecialTokens: boolean): readonly (number | undefined)[] {
+    try {
+      return this.#inner.encode(text, { add_special_tokens: addSpecialTokens }).ids;
+    } catch (cause) {
+      // The library passes the tokens of one pre-token as arguments, and regular expressions have a stack.
+      if (!(cause instanceof RangeError)) throw cause;
+      const problem = 'the text has a part without a boundary that is too long for the tokenizer of this model';
+      throw new LaminaError('invalid_request', `${problem}; shorten it`, { cause });
+    }
   }
 
   tokenBytes(tokenId: number): Uint8Array {

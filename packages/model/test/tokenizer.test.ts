@@ -22,6 +22,18 @@ const TEXTS = [
   '',
 ];
 
+/** BPE by definition: the merge of the lowest rank, the leftmost first, until there is none. */
+function mergeNaively(text: string, merges: readonly string[]): string[] {
+  const pieces = [...text];
+  for (;;) {
+    const ranks = pieces.map((piece, i) => merges.indexOf(`${piece} ${pieces[i + 1]}`));
+    const possible = ranks.filter((rank) => rank >= 0);
+    if (possible.length === 0) return pieces;
+    const at = ranks.indexOf(Math.min(...possible));
+    pieces.splice(at, 2, `${pieces[at]}${pieces[at + 1]}`);
+  }
+}
+
 /** The decode of a whole sequence, by definition: all bytes, decoded at once. */
 function decodeWhole(tokenizer: Tokenizer, tokenIds: readonly number[]): string {
   const bytes = Buffer.concat(tokenIds.map((id) => tokenizer.tokenBytes(id)));
@@ -43,6 +55,22 @@ function expectSameText(tokenizer: Tokenizer): void {
     }),
     { numRuns: 500 },
   );
+}
+
+function expectConstantCost(tokenizer: Tokenizer): void {
+  const tokenIds = tokenizer.encode('Once upon a time, 漢字 👍 and an é. '.repeat(20));
+  const detokenizer = new IncrementalDetokenizer(tokenizer);
+  const millisecondsOf = (count: number): number => {
+    const startedAt = performance.now();
+    for (let i = 0; i < count; i++) detokenizer.push(tokenIds[i % tokenIds.length]!);
+    return performance.now() - startedAt;
+  };
+  millisecondsOf(20_000);
+  const early = millisecondsOf(20_000);
+  millisecondsOf(300_000);
+  const late = Math.min(millisecondsOf(20_000), millisecondsOf(20_000));
+  // A cost that grew with the text would be ten times as high by now.
+  expect(late).toBeLessThan(4 * early + 20);
 }
 
 describe('lamina-tiny', () => {
@@ -85,6 +113,31 @@ describe('lamina-tiny', () => {
   it('decodes any token sequence incrementally as at once', () => {
     expectSameText(tokenizer);
   });
+
+  it('detokenizes at a cost that does not grow with the answer', () => {
+    expectConstantCost(tokenizer);
+  });
+
+  // The library's own cache took 14 s for 256 KiB of digits.
+  it.each(['7', '0123456789', 'a', ' ', '\n', '<|endoftext|', '👍'])(
+    'encodes a long run of %j in linear time',
+    (part) => {
+      const millisecondsOf = (characters: number): number => {
+        const startedAt = performance.now();
+        tokenizer.encode(part.repeat(Math.ceil(characters / part.length)));
+        return performance.now() - startedAt;
+      };
+      millisecondsOf(16_384);
+      const short = Math.min(millisecondsOf(16_384), millisecondsOf(16_384));
+      // Quadratic would be 256 times as long. A cost of 40 us per character would take 10 s.
+      expect(millisecondsOf(262_144)).toBeLessThan(Math.max(80 * short, 1_500));
+    },
+  );
+
+  it('rejects runs of combining marks, which are quadratic to normalize', () => {
+    expect(tokenizer.encode(`e${'\u0301'.repeat(1_024)}`).length).toBeGreaterThan(1_000);
+    expect(() => tokenizer.encode(`e${'\u0301'.repeat(1_025)}`)).toThrow(LaminaError);
+  });
 });
 
 describe('a SentencePiece-style BPE with byte fallback', () => {
@@ -96,12 +149,17 @@ describe('a SentencePiece-style BPE with byte fallback', () => {
     await rm(scratch, { recursive: true, force: true });
   });
 
-  async function load(config: Record<string, unknown>, decoder?: unknown, postProcessor?: unknown): Promise<Tokenizer> {
+  async function load(
+    config: Record<string, unknown>,
+    decoder?: unknown,
+    postProcessor?: unknown,
+    merges = ['▁ h', '▁h i'],
+  ): Promise<Tokenizer> {
     const pieces = ['<unk>', '<s>', '</s>'];
     for (let byte = 0; byte < 256; byte++) {
       pieces.push(`<0x${byte.toString(16).toUpperCase().padStart(2, '0')}>`);
     }
-    pieces.push('▁', 'h', 'e', 'i', '▁h', '▁hi');
+    pieces.push('▁', 'h', 'e', 'i', '▁h', '▁hi', '▁▁', '▁▁▁▁', 'i▁', 'i▁h');
     const special = (content: string, id: number): unknown => ({ id, content, special: true, normalized: false });
     const tokenizer = {
       version: '1.0',
@@ -130,7 +188,7 @@ describe('a SentencePiece-style BPE with byte fallback', () => {
         fuse_unk: true,
         byte_fallback: true,
         vocab: Object.fromEntries(pieces.map((piece, id) => [piece, id])),
-        merges: ['▁ h', '▁h i'],
+        merges,
       },
     };
     await writeFile(join(scratch, 'tokenizer.json'), JSON.stringify(tokenizer));
@@ -164,6 +222,33 @@ describe('a SentencePiece-style BPE with byte fallback', () => {
     const tokenizer = await load({ add_bos_token: true }, undefined, template);
     expect(tokenizer.encode('hi')).toEqual([1, 264]);
     expect(tokenizer.encode('hi', { addSpecialTokens: false })).toEqual([264]);
+  });
+
+  it('cuts a text into words only where that cannot change its tokens', async () => {
+    const runs = ['▁ h', '▁ ▁', '▁▁ ▁▁', '▁h i'];
+    const spanning = [...runs, 'i ▁', 'i▁ h'];
+    const text = fc.array(fc.constantFrom(' ', '  ', 'h', 'i', 'hi', 'e', '▁', '漢'), { maxLength: 60 });
+    for (const merges of [runs, spanning]) {
+      const tokenizer = await load({}, undefined, undefined, merges);
+      fc.assert(
+        fc.property(text, (parts) => {
+          const normalized = `▁${parts.join('').replaceAll(' ', '▁')}`;
+          if (parts.join('') === '') return;
+          expect(
+            tokenizer.encode(parts.join('')).map((id) => Buffer.from(tokenizer.tokenBytes(id)).toString('latin1')),
+          ).toEqual(
+            mergeNaively(normalized, merges)
+              .map((piece) => Buffer.from(piece.replaceAll('▁', ' ')).toString('latin1'))
+              .flatMap((piece) => (/^[ hie]+$/.test(piece) ? [piece] : [...piece])),
+          );
+        }),
+        { numRuns: 300 },
+      );
+    }
+  });
+
+  it('detokenizes at a cost that does not grow with the answer', async () => {
+    expectConstantCost(await load({}));
   });
 
   it('decodes any token sequence incrementally as at once', async () => {
