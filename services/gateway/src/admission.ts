@@ -3,20 +3,16 @@
  *
  * Invariants
  * 1. Pure: no clock, no randomness, no connection; what varies comes in as arguments.
- * 2. Text that cannot fit the context is refused before it is tokenized.
- * 3. A default max_tokens is cut to what fits; a given max_tokens that does not fit is refused with the largest that does.
- * 4. Sampling comes from the request, else the model's generation_config.json, else OpenAI's defaults.
+ * 2. A default max_tokens is cut to what fits; a given max_tokens that does not fit is refused with the largest that does.
+ * 3. Sampling comes from the request, else the model's generation_config.json, else OpenAI's defaults.
  */
 import { type GenerateRequest, LIMITS, type Sampling, type WireEncoding, type WorkItem } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
-import type { RenderChat } from './chat.ts';
+import { type PromptBounds, type PromptText, requireBytesFit, requireTokensFit } from './prompt-encoder.ts';
 
-export interface ServedModel {
+export interface ServedModel extends PromptBounds {
   readonly modelId: string;
-  readonly contextLength: number;
   readonly vocabSize: number;
-  /** Bytes of the longest token. */
-  readonly maxTokenBytes: number;
   readonly generationDefaults: {
     readonly temperature: number | null;
     readonly topP: number | null;
@@ -27,17 +23,13 @@ export interface ServedModel {
 }
 
 /** What the model is to continue: token ids, or text that has to be tokenized first. */
-export type Prompt =
-  | { readonly tokenIds: readonly number[] }
-  | { readonly text: string; readonly addSpecialTokens: boolean };
+export type Prompt = { readonly tokenIds: readonly number[] } | PromptText;
 
-/** Special tokens are written longer than any other; this covers them. */
-const MIN_TOKEN_BYTES_BOUND = 64;
 /** A generation_config.json may say 0, which means the same as a very small one: the likeliest token only. */
 const MIN_TOP_P = 1e-6;
 
 /** @throws LaminaError `unknown_model`, `invalid_request`, `context_length_exceeded` */
-export function promptOf(request: GenerateRequest, model: ServedModel, renderChat: RenderChat): Prompt {
+export function promptOf(request: GenerateRequest, model: ServedModel): Prompt {
   if (request.model !== undefined && request.model !== model.modelId) {
     throw new LaminaError('unknown_model', `the model "${request.model}" is not served here; "${model.modelId}" is`);
   }
@@ -49,17 +41,10 @@ export function promptOf(request: GenerateRequest, model: ServedModel, renderCha
     }
     return { tokenIds: request.token_ids };
   }
-  const isChat = request.messages !== undefined;
-  const text = request.messages === undefined ? (request.prompt ?? '') : renderChat(request.messages);
-  if (text === '') throw new LaminaError('invalid_request', 'messages: the chat template made an empty prompt of them');
-  const bytes = Buffer.byteLength(text);
-  if (bytes > model.contextLength * Math.max(model.maxTokenBytes, MIN_TOKEN_BYTES_BOUND)) {
-    throw new LaminaError(
-      'context_length_exceeded',
-      `the prompt has ${bytes} bytes; that cannot fit the context of ${model.contextLength} tokens`,
-    );
-  }
-  return { text, addSpecialTokens: !isChat };
+  if (request.messages !== undefined) return { messages: request.messages };
+  const text = request.prompt ?? '';
+  requireBytesFit(text, model);
+  return { text };
 }
 
 export interface AdmissionFacts {
@@ -109,12 +94,7 @@ function maxTokensOf(
 ): number {
   const { contextLength } = model;
   const restOfContext = contextLength - promptTokens;
-  if (restOfContext < 1) {
-    throw new LaminaError(
-      'context_length_exceeded',
-      `the prompt has ${promptTokens} tokens; the context of ${contextLength} leaves no room for an answer`,
-    );
-  }
+  requireTokensFit(promptTokens, model);
   if (given !== undefined && given > restOfContext) {
     throw new LaminaError(
       'context_length_exceeded',

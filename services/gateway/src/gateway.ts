@@ -20,15 +20,14 @@ import {
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { admit, promptOf, type ServedModel } from './admission.ts';
-import type { RenderChat } from './chat.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import type { GatewayMetrics } from './gateway-metrics.ts';
+import type { PromptTokenizer } from './prompt-tokenizer.ts';
 import { type AnswerSink, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 
 export interface GatewayParts {
   readonly model: ServedModel;
-  readonly renderChat: RenderChat;
-  readonly encode: (text: string, options: { addSpecialTokens: boolean }) => number[] | Promise<number[]>;
+  readonly prompts: Pick<PromptTokenizer, 'encode'>;
   readonly cluster: Pick<ClusterView, 'recent'>;
   readonly links: RelayLinks & { readonly tokens: { has(requestId: string): Promise<boolean> } };
   /** Publishes one reply; `headers` is empty for all but the last. */
@@ -45,6 +44,8 @@ export class Gateway {
   readonly #parts: GatewayParts;
   readonly #metrics: () => GatewayMetrics;
   readonly #open = new Map<string, Relay>();
+  /** Aborted when the relay closes, so that its prompt gives up its place before the tokenizer. */
+  readonly #closing = new WeakMap<Relay, AbortController>();
   #onIdle: (() => void) | undefined;
 
   /** `metrics` is asked late, because the gauge in it reads this gateway. */
@@ -125,10 +126,14 @@ export class Gateway {
   }
 
   async #start(relay: Relay, request: GenerateRequest, encoding: ParsedGenerateBody['encoding']): Promise<void> {
-    const { model, renderChat, cluster, links } = this.#parts;
+    const { model, prompts, cluster, links } = this.#parts;
     const nowMs = Date.now();
-    const prompt = promptOf(request, model, renderChat);
-    const tokenIds = 'tokenIds' in prompt ? prompt.tokenIds : await this.#parts.encode(prompt.text, prompt);
+    const prompt = promptOf(request, model);
+    const closing = new AbortController();
+    this.#closing.set(relay, closing);
+    const deadlineAtMs = request.deadline_ms === undefined ? undefined : nowMs + request.deadline_ms;
+    const end = { signal: closing.signal, deadlineAtMs };
+    const tokenIds = 'tokenIds' in prompt ? prompt.tokenIds : await prompts.encode(prompt, end);
     // Length problems are the client's, whether or not the cluster is up: they come first.
     const facts = { id: relay.id, encoding, nowMs, randomSeed: randomBytes(6).readUIntBE(0, 6) };
     admit(request, tokenIds, model, { ...facts, kvCapacityTokens: Number.POSITIVE_INFINITY });
@@ -154,6 +159,7 @@ export class Gateway {
       },
       onRepair: () => metrics.repairs.inc(),
       onClosed: (relay, outcome) => {
+        this.#closing.get(relay)?.abort();
         metrics.requests.inc({ outcome });
         if (this.#open.get(id) === relay) this.#open.delete(id);
         if (this.#open.size === 0) this.#onIdle?.();

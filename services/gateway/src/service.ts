@@ -5,7 +5,7 @@
  * 1. Prompts are taken last and given up first: nothing is accepted that could not be relayed.
  */
 import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
-import { loadTokenizer, logPull, readModel, resolveModel, type Tokenizer } from '@lamina/model';
+import { loadTokenizer, logPull, readModel, resolveModel, type Tokenizer, tokenizerDigest } from '@lamina/model';
 import { GATEWAY_QUEUE, SUBJECTS } from '@lamina/protocol';
 import {
   collectMetrics,
@@ -20,6 +20,8 @@ import { ClusterView } from './cluster-view.ts';
 import { Gateway } from './gateway.ts';
 import { createGatewayMetrics, type GatewayMetrics } from './gateway-metrics.ts';
 import { createHttpServer, listen } from './http.ts';
+import { createPromptEncoder } from './prompt-encoder.ts';
+import { PromptTokenizer } from './prompt-tokenizer.ts';
 
 /** The kv-manager answers at once or not at all. */
 const STATUS_TIMEOUT_MS = 1_000;
@@ -44,13 +46,20 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     textOnly: config.onnxVariant === undefined,
     ...logPull(log),
   });
-  const [description, tokenizer] = await Promise.all([
+  const [description, tokenizer, digest] = await Promise.all([
     readModel(modelDir, config.onnxVariant),
     loadTokenizer(modelDir),
+    tokenizerDigest(modelDir),
     ensureStreams(bus),
   ]);
   const { modelId } = description;
   const model: ServedModel = { ...description, maxTokenBytes: maxTokenBytesOf(tokenizer) };
+  const { chatTemplate, specialTokens, contextLength } = description;
+  const chat = { modelId, chatTemplate, specialTokens };
+  const bounds = { contextLength, maxTokenBytes: model.maxTokenBytes };
+  const prompts = new PromptTokenizer(createPromptEncoder(bounds, createChat(chat), tokenizer), {
+    worker: { modelDir, digest, bounds, chat },
+  });
   const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
 
   const server = createHttpServer({
@@ -63,8 +72,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const gateway = new Gateway(
     {
       model,
-      renderChat: createChat(description),
-      encode: (text, options) => tokenizer.encode(text, options),
+      prompts,
       cluster,
       links: {
         tokens: new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed')),
@@ -93,6 +101,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     stop: async () => {
       await bus.withdraw();
       await gateway.drain(DRAIN_GRACE_MS);
+      await prompts.close();
       await server.close();
     },
   };

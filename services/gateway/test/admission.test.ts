@@ -2,6 +2,7 @@ import { type GenerateRequest, parseGenerateBody } from '@lamina/protocol';
 import { describe, expect, test } from 'vitest';
 import { admit, promptOf, type ServedModel } from '../src/admission.ts';
 import { createChat } from '../src/chat.ts';
+import { createPromptEncoder } from '../src/prompt-encoder.ts';
 
 const model: ServedModel = {
   modelId: 'tiny',
@@ -20,26 +21,41 @@ const admitted = (value: object, promptTokens = 4) =>
   admit(bodyOf({ prompt: 'x', ...value }), new Array<number>(promptTokens).fill(1), model, facts);
 
 describe('the prompt', () => {
-  test('is text as it is', () => {
-    expect(promptOf(bodyOf({ prompt: 'hello' }), model, chat)).toEqual({ text: 'hello', addSpecialTokens: true });
+  test('is text as it is, or messages', () => {
+    expect(promptOf(bodyOf({ prompt: 'hello' }), model)).toEqual({ text: 'hello' });
+    const messages = [{ role: 'user', content: 'hi' }];
+    expect(promptOf(bodyOf({ messages }), model)).toEqual({ messages });
   });
 
   test('is the rendered conversation, which holds its special tokens already', () => {
-    expect(promptOf(bodyOf({ messages: [{ role: 'user', content: 'hi' }] }), model, chat)).toEqual({
-      text: 'user:hi;',
-      addSpecialTokens: false,
-    });
+    const encoded: unknown[] = [];
+    const tokenizer = {
+      encode: (...given: unknown[]): number[] => {
+        encoded.push(given);
+        return [1];
+      },
+    };
+    const encode = createPromptEncoder(model, chat, tokenizer);
+    encode({ messages: [{ role: 'user', content: 'hi' }] });
+    encode({ text: 'hello' });
+    expect(encoded).toEqual([
+      ['user:hi;', { addSpecialTokens: false }],
+      ['hello', { addSpecialTokens: true }],
+    ]);
+    expect(() => encode({ messages: [{ role: 'user', content: 'a'.repeat(32 * 64) }] })).toThrow(
+      expect.objectContaining({ code: 'context_length_exceeded' }),
+    );
   });
 
   test('names the served model when another one is asked for', () => {
-    expect(() => promptOf(bodyOf({ prompt: 'x', model: 'big' }), model, chat)).toThrow(
+    expect(() => promptOf(bodyOf({ prompt: 'x', model: 'big' }), model)).toThrow(
       expect.objectContaining({ code: 'unknown_model', message: expect.stringContaining('"tiny" is') }),
     );
   });
 
   test('has only tokens that the model knows', () => {
-    expect(promptOf(bodyOf({ token_ids: [0, 99] }), model, chat)).toEqual({ tokenIds: [0, 99] });
-    expect(() => promptOf(bodyOf({ token_ids: [0, 100] }), model, chat)).toThrow(
+    expect(promptOf(bodyOf({ token_ids: [0, 99] }), model)).toEqual({ tokenIds: [0, 99] });
+    expect(() => promptOf(bodyOf({ token_ids: [0, 100] }), model)).toThrow(
       expect.objectContaining({ code: 'invalid_request', message: expect.stringContaining('token_ids.1: 100') }),
     );
   });
@@ -51,7 +67,7 @@ describe('the prompt', () => {
   });
 
   test('is refused before it is tokenized when it cannot fit', () => {
-    expect(() => promptOf(bodyOf({ prompt: 'a'.repeat(32 * 64 + 1) }), model, chat)).toThrow(
+    expect(() => promptOf(bodyOf({ prompt: 'a'.repeat(32 * 64 + 1) }), model)).toThrow(
       expect.objectContaining({ code: 'context_length_exceeded' }),
     );
   });
@@ -62,7 +78,8 @@ describe('the prompt', () => {
     const broken = createChat({ modelId: 'tiny', chatTemplate: '{% for %}', specialTokens: {} });
     const empty = createChat({ modelId: 'tiny', chatTemplate: '', specialTokens: {} });
     for (const render of [none, strict, broken, empty]) {
-      expect(() => promptOf(bodyOf({ messages: [{ role: 'user', content: 'hi' }] }), model, render)).toThrow(
+      const encode = createPromptEncoder(model, render, { encode: () => [1] });
+      expect(() => encode({ messages: [{ role: 'user', content: 'hi' }] })).toThrow(
         expect.objectContaining({ code: 'invalid_request' }),
       );
     }
