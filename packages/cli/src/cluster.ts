@@ -173,8 +173,8 @@ export class Cluster {
   #spawnService(service: Service, settings: ServiceSettings = {}): Child {
     const given: Readonly<Record<string, string | undefined>> = {
       ...this.#options.settings,
-      ...settings,
       natsUrl: this.#natsUrl,
+      ...settings,
     };
     const variables = Object.entries(SETTINGS).flatMap(([name, { env }]) =>
       given[name] === undefined ? [] : [[env, given[name]]],

@@ -77,7 +77,7 @@ export const SETTINGS = {
     schema: text,
     usedBy: ['gateway', 'dense-executor'],
     meaning:
-      'The model: a directory, or a repository of the hub as `owner/name[@revision]`, which is pulled if it is not cached.',
+      'The model: a directory, or a repository of the hub as `owner/name[@revision][:folder]`, which is pulled if it is not cached.',
   }),
   cacheDir: setting({
     env: 'LAMINA_CACHE_DIR',

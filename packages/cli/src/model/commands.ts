@@ -10,7 +10,7 @@ import type { InspectFlags } from './inspect.ts';
 import type { PullFlags } from './pull.ts';
 import type { SynthFlags } from './synth.ts';
 
-const MODEL_HELP = 'directory, or owner/name[@revision] of the hub (default: LAMINA_MODEL, else lamina-tiny)';
+const MODEL_HELP = 'directory, or owner/name[@revision][:folder] of the hub (default: LAMINA_MODEL, else lamina-tiny)';
 const WEIGHTS_HELP =
   'of safetensors, how they are stored: checkpoint, f32, f16, int8 or int4; of an ONNX decoder, its variant: fp32, q4, ... (default: LAMINA_WEIGHTS, LAMINA_ONNX_VARIANT)';
 
@@ -20,7 +20,7 @@ export function addModelCommands(model: Command): void {
   model
     .command('pull')
     .description('download what is needed of a model into the cache; continues where it was broken off')
-    .argument('<repo>', 'owner/name[@revision][:folder] of the hub')
+    .argument('<repo>', 'owner/name[@revision][:folder][:folder] of the hub')
     .option('--weights <variant>', 'safetensors, or an ONNX variant: fp32, fp16, q4, q4f16, int8, ...')
     .option('--folder <path>', 'the model of one folder, as repo:path (onnxruntime-genai)')
     .action((repo: string, flags: PullFlags) =>
