@@ -3,9 +3,10 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { AnswerWriter, type Bus, ensureStreams, TokenStream } from '@lamina/bus';
-import { decodeTokens, type TokenMessage } from '@lamina/protocol';
+import { decodeTokens, STREAMS, type TokenMessage } from '@lamina/protocol';
+import type { LaminaError } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
-import { afterEach, beforeEach, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { connect, eventually } from './in-process.ts';
 
 let storeDir: string;
@@ -13,6 +14,10 @@ let nats: NatsServer;
 let bus: Bus;
 let stream: TokenStream;
 let numErrors: number;
+let refusals: LaminaError[];
+const onRefused = (error: LaminaError): void => {
+  refusals.push(error);
+};
 
 beforeEach(async () => {
   storeDir = mkdtempSync(join(tmpdir(), 'lamina-store-'));
@@ -20,6 +25,7 @@ beforeEach(async () => {
   bus = await connect(nats.url);
   await ensureStreams(bus);
   numErrors = 0;
+  refusals = [];
   stream = new TokenStream(bus, () => numErrors++);
 });
 afterEach(async () => {
@@ -59,7 +65,7 @@ async function stored(): Promise<number[][]> {
 const upTo = (count: number): number[] => Array.from({ length: count }, (_, index) => index);
 
 test('nats-server is killed twice in the middle: every token is stored once and in order', async () => {
-  const writer = new AnswerWriter(stream, 'json');
+  const writer = new AnswerWriter(stream, 'json', onRefused);
   let index = 0;
   const push = async (count: number): Promise<void> => {
     for (let i = 0; i < count; i++) {
@@ -82,13 +88,13 @@ test('nats-server is killed twice in the middle: every token is stored once and 
 }, 30_000);
 
 test('an executor that takes over groups the tokens otherwise: none is lost', async () => {
-  const former = new AnswerWriter(stream, 'json');
+  const former = new AnswerWriter(stream, 'json', onRefused);
   for (const index of [0, 1, 2, 3]) {
     former.push(token(index));
     await former.stored();
   }
   // The first goes alone, the rest while it is under way.
-  const next = new AnswerWriter(stream, 'json');
+  const next = new AnswerWriter(stream, 'json', onRefused);
   for (const index of upTo(6)) next.push(token(index, index === 5 ? 'stop' : null));
   await next.stored();
   const indices = (await stored()).flat();
@@ -96,7 +102,7 @@ test('an executor that takes over groups the tokens otherwise: none is lost', as
 });
 
 test('an end without a token is a message of its own, stored once whoever writes it', async () => {
-  const executor = new AnswerWriter(stream, 'json');
+  const executor = new AnswerWriter(stream, 'json', onRefused);
   for (const message of [token(0), token(1), token(2), end(3)]) executor.push(message);
   await executor.stored();
   expect(await stream.publish([end(2)], 'json')).toBe(true);
@@ -104,7 +110,7 @@ test('an end without a token is a message of its own, stored once whoever writes
 });
 
 test('however much waits, a message stays far below what the server takes', async () => {
-  const writer = new AnswerWriter(stream, 'json');
+  const writer = new AnswerWriter(stream, 'json', onRefused);
   const alternatives = Array.from({ length: 20 }, (_, i) => ({
     token: i,
     text: 'alternative',
@@ -118,7 +124,7 @@ test('however much waits, a message stays far below what the server takes', asyn
 });
 
 test('what cannot be stored because the bus was closed is said, also when asked later', async () => {
-  const writer = new AnswerWriter(stream, 'json');
+  const writer = new AnswerWriter(stream, 'json', onRefused);
   await nats.kill();
   writer.push(token(0));
   const isStored = writer.stored();
@@ -126,3 +132,55 @@ test('what cannot be stored because the bus was closed is said, also when asked 
   expect(await isStored).toBe(false);
   expect(await writer.stored()).toBe(false);
 }, 10_000);
+
+describe('what can never be stored', () => {
+  const huge = (index: number): TokenMessage => ({ ...token(index), text: 'x'.repeat(bus.maxPayloadBytes) });
+
+  test('because a token is too large ends the answer with an error that says so', async () => {
+    const writer = new AnswerWriter(stream, 'json', onRefused);
+    for (const message of [token(0), token(1), huge(2), token(3), token(4, 'stop')]) writer.push(message);
+    expect(await writer.stored()).toBe(true);
+    writer.push(token(5));
+    const answer = await stream.stored('answer');
+    expect(answer.map(({ index }) => index)).toEqual([0, 1, 2]);
+    expect(answer[2]).toMatchObject({
+      token: null,
+      finish_reason: 'error',
+      error: { code: 'invalid_request', message: expect.stringContaining('max_payload') },
+    });
+    expect(refusals).toHaveLength(1);
+  });
+
+  test('as one message is stored as several', async () => {
+    const writer = new AnswerWriter(stream, 'json', onRefused);
+    const large = 'x'.repeat(bus.maxPayloadBytes / 5);
+    for (const index of upTo(12)) writer.push({ ...token(index, index === 11 ? 'stop' : null), text: large });
+    expect(await writer.stored()).toBe(true);
+    expect((await stored()).flat()).toEqual(upTo(12));
+    expect(refusals).toEqual([]);
+  });
+
+  test('because the stream was deleted is said at once, and not tried for ever', async () => {
+    const manager = await bus.connection.jetstreamManager();
+    await manager.streams.delete(STREAMS.tokens.name);
+    const writer = new AnswerWriter(stream, 'json', onRefused);
+    writer.push(token(0));
+    expect(await writer.stored()).toBe(false);
+    expect(refusals).toMatchObject([{ code: 'unavailable', message: expect.stringContaining('LAMINA_TOKENS') }]);
+  });
+
+  test('because the user may not is said at once', async () => {
+    const restricted = await startNatsServer({ denyPublish: ['lamina.v1.tokens.*'] });
+    const other = await connect(restricted.url);
+    try {
+      await ensureStreams(other);
+      const writer = new AnswerWriter(new TokenStream(other, () => numErrors++), 'json', onRefused);
+      writer.push(token(0));
+      expect(await writer.stored()).toBe(false);
+      expect(refusals).toMatchObject([{ message: expect.stringContaining('may not publish') }]);
+    } finally {
+      await other.close();
+      await restricted.stop();
+    }
+  });
+});

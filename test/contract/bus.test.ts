@@ -546,7 +546,11 @@ describe('the token stream', () => {
     await complete(reading);
     expect(reading.messages.map(({ id }) => id)).toEqual(['x']);
     reading.stop();
-    expect(await Promise.all(['x', 'x1', 'x2'].map((id) => reader.has(id)))).toEqual([true, true, false]);
+    expect(await Promise.all(['x', 'x1', 'x2'].map((id) => reader.endOf(id)))).toMatchObject([
+      { isComplete: true },
+      { isComplete: true },
+      undefined,
+    ]);
   });
 
   test('the last message says so to any client of NATS, and only the last', async () => {
@@ -563,15 +567,15 @@ describe('the token stream', () => {
     await raw.close();
   });
 
-  test('nothing to publish is nothing; what the server does not store is reported and does not throw', async () => {
+  test('nothing to publish is nothing; what can never be stored is reported and refused', async () => {
     expect(await writer.publish([], 'json')).toBe(true);
     const large = { ...token('large', 0), text: 'x'.repeat(server.maxPayloadBytes) };
-    expect(await writer.publish([large], 'json')).toBe(false);
+    await expect(writer.publish([large], 'json')).rejects.toMatchObject({ code: 'invalid_request' });
     const manager = await client.connection.jetstreamManager();
     await manager.streams.delete(STREAMS.tokens.name);
-    expect(await writer.publish([token('lost', 0)], 'json')).toBe(false);
+    await expect(writer.publish([token('lost', 0)], 'json')).rejects.toMatchObject({ code: 'unavailable' });
     expect(failures).toHaveLength(2);
-    await expect(reader.has('lost')).rejects.toMatchObject({ code: 'unavailable' });
+    await expect(reader.endOf('lost')).rejects.toMatchObject({ code: 'unavailable' });
     await ensureStreams(client);
   });
 });
@@ -653,7 +657,7 @@ describe('the server', () => {
       await eventually(() => events[0]);
       expect(events).toEqual([7]);
       expect(await bus.request(ENDPOINTS.free, { requestId: 'a', executorId: 'e' }, TIMEOUT)).toEqual({});
-      expect([await numQueued(bus), await tokens.has('kept-1')]).toEqual([2, true]);
+      expect([await numQueued(bus), (await tokens.endOf('kept-1'))?.isComplete]).toEqual([2, false]);
       held!.complete();
       const next = await queue.lease(5000, () => undefined);
       expect([next?.item.id, next?.deliveryCount]).toEqual(['kept-2', 1]);

@@ -1,33 +1,11 @@
 /** The gateway over a real nats-server; the test plays its clients, the kv-manager and the executor. */
-import { fileURLToPath } from 'node:url';
 import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
-import {
-  decodeTokens,
-  ENDPOINTS,
-  type KvStatus,
-  packMessage,
-  SERVICE_NAMES,
-  STREAMS,
-  SUBJECTS,
-  type TokenMessage,
-} from '@lamina/protocol';
+import { decodeTokens, type KvStatus, packMessage, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { startGateway } from '../../services/gateway/src/service.ts';
+import { answerWith, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
-
-const MODEL = fileURLToPath(new URL('../../models/lamina-tiny', import.meta.url));
-const LAYOUT = { numLayers: 6, numHeads: 4, numKvHeads: 2, headDim: 32, scale: 0.25, blockSizeTokens: 16 } as const;
-const FLAGS = ['--model', MODEL, '--http-port', '0'];
-/** The cluster holds 512 tokens, less than the model's context of 1,024. */
-const READY: KvStatus = {
-  managerEpoch: 'm',
-  modelId: 'lamina-tiny',
-  layout: { ...LAYOUT, kvDtype: 'f16' },
-  executors: [{ executorId: 'e1', modelId: 'lamina-tiny' }],
-  shards: [{ shardId: 's1', kernel: 'portable', budgetBytes: 1, numBlocks: 32, usedBlocks: 2, usedBlocksPeak: 2 }],
-  numRequests: 0,
-};
 
 let nats: NatsServer;
 let bus: Bus;
@@ -40,14 +18,7 @@ let statusRequests: number;
 beforeAll(async () => {
   nats = await startNatsServer();
   bus = await connect(nats.url);
-  await bus.announce({
-    name: SERVICE_NAMES['kv-manager'],
-    version: '0.1.0',
-    description: '',
-    metadata: {},
-    stats: () => null,
-  });
-  bus.serve(ENDPOINTS.kvStatus, () => {
+  await playKvManager(bus, () => {
     statusRequests++;
     return kvStatus;
   });
@@ -63,12 +34,11 @@ beforeEach(async () => {
 });
 afterEach(async () => {
   await gateway.stop();
-  const manager = await bus.connection.jetstreamManager();
-  expect((await manager.streams.info(STREAMS.work.name)).state.messages).toBe(0);
+  expect(await workMessages()).toBe(0);
 });
 
 async function start(flags: readonly string[] = []): Promise<void> {
-  gateway = await startInProcess('gateway', startGateway, nats.url, [...FLAGS, ...flags]);
+  gateway = await startInProcess('gateway', startGateway, nats.url, [...GATEWAY_FLAGS, ...flags]);
   queue = new WorkQueue(bus);
   tokens = new TokenStream(bus, () => undefined);
 }
@@ -110,22 +80,8 @@ function lease(): Promise<WorkLease> {
   return eventually(() => queue.lease(1_000, () => undefined));
 }
 
-const token = (id: string, index: number, finishReason: TokenMessage['finish_reason'] = null): TokenMessage => ({
-  id,
-  index,
-  token: index + 5,
-  text: `t${index}`,
-  finish_reason: finishReason,
-});
-
-/** Plays an executor: answers with `count` tokens. */
-async function answer(work: WorkLease, count = 3): Promise<void> {
-  const { id, encoding } = work.item;
-  for (let index = 0; index < count; index++) {
-    await tokens.publish([token(id, index, index === count - 1 ? 'length' : null)], encoding);
-  }
-  work.complete();
-}
+const answer = (work: WorkLease, count?: number): Promise<void> => answerWith(tokens, work, count);
+const workMessages = (): Promise<number> => messagesIn(bus, 'work');
 
 describe('a prompt', () => {
   test('as text is tokenized, completed with defaults and answered in JSON', async () => {
@@ -251,29 +207,66 @@ describe('a cluster that cannot answer', () => {
   });
 });
 
-describe('an id', () => {
-  test('that is running or was used a short time ago is refused', async () => {
+describe('the same id twice is one request:', () => {
+  const TOKENS = [token('same', 0), token('same', 1), token('same', 2, 'length')];
+
+  test('both get the whole answer, and so does who asks when it has ended', async () => {
     const first = ask({ id: 'same', prompt: 'Hi' });
     const work = await lease();
-    expect((await ask({ id: 'same', prompt: 'Hi' }).final()).error?.code).toBe('duplicate_id');
-    expect(first.messages).toEqual([]);
+    const second = ask({ id: 'same', prompt: 'Hi' });
     await answer(work);
-    expect(await first.final()).toMatchObject({ index: 2, finish_reason: 'length' });
-    expect((await ask({ id: 'same', prompt: 'Hi' }).final()).error?.code).toBe('duplicate_id');
+    await Promise.all([first.final(), second.final()]);
+    const third = ask({ id: 'same', prompt: 'Hi' });
+    await third.final();
+    for (const { messages } of [first, second, third]) expect(messages).toEqual(TOKENS);
+    expect(await workMessages()).toBe(0);
   });
 
-  test('that another gateway answers is refused, and its tokens go to its own client only', async () => {
-    const first = ask({ id: 'elsewhere', prompt: 'Hi' });
-    const work = await lease();
-    const second = await startInProcess('gateway', startGateway, nats.url, FLAGS);
-    const attempts = Array.from({ length: 8 }, () => ask({ id: 'elsewhere', prompt: 'Hi' }));
-    for (const attempt of attempts) {
-      expect((await attempt.final()).error?.code).toBe('duplicate_id');
-      expect(attempt.messages).toHaveLength(1);
+  test('at the same moment', async () => {
+    const clients = Array.from({ length: 8 }, () => ask({ id: 'same-1', prompt: 'Hi' }));
+    await answer(await lease());
+    for (const client of clients) {
+      await client.final();
+      expect(client.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
     }
-    await answer(work);
-    expect((await first.final()).index).toBe(2);
-    await second.stop();
+    expect(await queue.lease(1_000, () => undefined)).toBeUndefined();
+  });
+
+  test('each in the encoding that it asks in', async () => {
+    const json = ask({ id: 'same-2', prompt: 'Hi' });
+    const work = await lease();
+    const msgpack = ask(packMessage({ id: 'same-2', prompt: 'Hi' }));
+    await answer(work, 1);
+    await Promise.all([json.final(), msgpack.final()]);
+    expect(json.bodies[0]![0]).toBe(0x7b);
+    expect(Buffer.from(msgpack.bodies[0]!)).toEqual(Buffer.from(packMessage(token('same-2', 0, 'length'))));
+  });
+
+  test('another gateway takes up what a dead one had', async () => {
+    const lost = ask({ id: 'same-3', prompt: 'Hi' });
+    const work = await lease();
+    await tokens.publish([token('same-3', 0)], 'json');
+    await eventually(() => (lost.messages.length === 1 ? true : undefined));
+    await gateway.crash();
+    await start();
+    const again = ask({ id: 'same-3', prompt: 'Hi' });
+    await tokens.publish([token('same-3', 1)], 'json');
+    await tokens.publish([token('same-3', 2, 'stop')], 'json');
+    work.complete();
+    await again.final();
+    expect(again.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
+    expect(lost.isFinal()).toBe(false);
+  });
+
+  test('the rest of an answer whose work item was lost is computed', async () => {
+    await tokens.publish([token('same-4', 0), token('same-4', 1)], 'json');
+    const client = ask({ id: 'same-4', prompt: 'Hi' });
+    const work = await lease();
+    expect(work.item.isContinued).toBe(true);
+    await tokens.publish([token('same-4', 2, 'stop')], 'json');
+    work.complete();
+    await client.final();
+    expect(client.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
   });
 });
 
@@ -319,6 +312,17 @@ describe('cancel', () => {
     await tokens.publish([{ ...token('running', 1, 'cancelled'), token: null, text: '' }], 'json');
     work.complete();
     expect(await client.final()).toMatchObject({ index: 1, finish_reason: 'cancelled' });
+  });
+
+  test('of a request that no gateway relays and no executor has is answered all the same', async () => {
+    const lost = ask({ id: 'stray', prompt: 'Hi' });
+    await eventually(async () => ((await workMessages()) === 1 ? true : undefined));
+    await gateway.crash();
+    await start();
+    bus.publish(SUBJECTS.cancel('stray'), new Uint8Array(0));
+    await eventually(async () => ((await tokens.endOf('stray'))?.isComplete ? true : undefined));
+    expect(await workMessages()).toBe(0);
+    expect(lost.isFinal()).toBe(false);
   });
 
   test('of an unknown or malformed id does nothing', async () => {
@@ -384,14 +388,13 @@ test('HTTP tells health, metrics and what is not there', async () => {
 
 test('a port that is taken is said in one line', async () => {
   const { httpPort } = Object(gateway.running.stats?.());
-  const second = startInProcess('gateway', startGateway, nats.url, ['--model', MODEL, '--http-port', String(httpPort)]);
+  const second = startInProcess('gateway', startGateway, nats.url, [
+    ...GATEWAY_FLAGS.slice(0, 2),
+    '--http-port',
+    String(httpPort),
+  ]);
   await expect(second).rejects.toMatchObject({
     code: 'address_in_use',
     message: expect.stringContaining('--http-port'),
   });
 });
-
-async function workMessages(): Promise<number> {
-  const manager = await bus.connection.jetstreamManager();
-  return (await manager.streams.info(STREAMS.work.name)).state.messages;
-}

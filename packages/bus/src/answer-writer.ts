@@ -6,8 +6,10 @@
  *    of the tokens, and what waits is bounded by the answer.
  * 2. A message that was not confirmed is published again under the same Nats-Msg-Id, until it is or the bus is closed:
  *    a connection that was lost for a while costs time and no token.
+ * 3. A message that can never be stored ends the answer: an error takes its place, and nothing is taken after it.
  */
 import type { TokenMessage, WireEncoding } from '@lamina/protocol';
+import { asLaminaError, type LaminaError } from '@lamina/tensor';
 import type { TokenStream } from './token-stream.ts';
 
 const RETRY_MS = 250;
@@ -17,21 +19,31 @@ const MAX_TOKENS_PER_MESSAGE = 128;
 export class AnswerWriter {
   readonly #stream: Pick<TokenStream, 'publish' | 'isClosed'>;
   readonly #encoding: WireEncoding;
+  readonly #onRefused: (error: LaminaError) => void;
   readonly #waiting: TokenMessage[] = [];
+  #maxTokensPerMessage = MAX_TOKENS_PER_MESSAGE;
   #writing: Promise<boolean> | undefined;
   #isStored = true;
+  #isRefused = false;
 
-  constructor(stream: Pick<TokenStream, 'publish' | 'isClosed'>, encoding: WireEncoding) {
+  /** `onRefused` is told once that the rest of the answer is in vain. */
+  constructor(
+    stream: Pick<TokenStream, 'publish' | 'isClosed'>,
+    encoding: WireEncoding,
+    onRefused: (error: LaminaError) => void,
+  ) {
     this.#stream = stream;
     this.#encoding = encoding;
+    this.#onRefused = onRefused;
   }
 
   push(message: TokenMessage): void {
+    if (this.#isRefused) return;
     this.#waiting.push(message);
     this.#writing ??= this.#write();
   }
 
-  /** Resolves when all that was pushed is stored: true, or false when the bus was closed before. */
+  /** Resolves when the answer is stored as far as it was pushed, or ended by an error: false when neither could be. */
   async stored(): Promise<boolean> {
     return this.#writing ?? this.#isStored;
   }
@@ -39,19 +51,54 @@ export class AnswerWriter {
   /** What can share a message: an end without a token has an id of its own. */
   #takeNext(): TokenMessage[] {
     const end = this.#waiting.findIndex((message) => message.token === null);
-    return this.#waiting.splice(0, Math.min(end > 0 ? end : this.#waiting.length, MAX_TOKENS_PER_MESSAGE));
+    return this.#waiting.splice(0, Math.min(end > 0 ? end : this.#waiting.length, this.#maxTokensPerMessage));
   }
 
   async #write(): Promise<boolean> {
     while (this.#waiting.length > 0 && this.#isStored) {
       const messages = this.#takeNext();
-      this.#isStored = await this.#stream.publish(messages, this.#encoding);
-      while (!this.#isStored && !this.#stream.isClosed) {
-        await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-        this.#isStored = await this.#stream.publish(messages, this.#encoding);
+      try {
+        this.#isStored = await this.#store(messages);
+      } catch (cause) {
+        this.#makeWay(messages, asLaminaError(cause));
       }
     }
     this.#writing = undefined;
     return this.#isStored;
+  }
+
+  /** @throws LaminaError when they can never be stored. */
+  async #store(messages: readonly TokenMessage[]): Promise<boolean> {
+    for (;;) {
+      if (await this.#stream.publish(messages, this.#encoding)) return true;
+      if (this.#stream.isClosed) return false;
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
+  }
+
+  /** Smaller messages where they are too large together, else the error instead of them. */
+  #makeWay(messages: readonly TokenMessage[], error: LaminaError): void {
+    const [first] = messages;
+    if (first === undefined || this.#isRefused) {
+      this.#isStored = false;
+      return;
+    }
+    if (messages.length > 1 && error.code === 'invalid_request') {
+      this.#maxTokensPerMessage = Math.ceil(messages.length / 2);
+      this.#waiting.unshift(...messages);
+      return;
+    }
+    this.#isRefused = true;
+    const { id, index } = first;
+    const body = { code: error.code, message: error.message };
+    this.#waiting.splice(0, this.#waiting.length, {
+      id,
+      index,
+      token: null,
+      text: '',
+      finish_reason: 'error',
+      error: body,
+    });
+    this.#onRefused(error);
   }
 }

@@ -9,6 +9,7 @@ export {
   type Subscription,
 } from './bus.ts';
 export { type BusOptions, redactUrl } from './connection.ts';
+export { type DurablePrompt, PromptQueue } from './prompt-queue.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';
-export { TokenStream } from './token-stream.ts';
+export { type StoredEnd, TokenStream } from './token-stream.ts';
 export { type WorkLease, WorkQueue } from './work-queue.ts';

@@ -22,6 +22,24 @@ import type { Bus } from './bus.ts';
 /** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
 export const ACK_WAIT_MS = 4_000;
 
+/** A gateway that has a prompt in hand says so well within this time; a dead one's prompts are offered to another after it. */
+export const PROMPT_ACK_WAIT_MS = 5_000;
+/** Prompts that all gateways together have in hand. */
+const MAX_PROMPTS_IN_HAND = 1_024;
+
+/** Full means that the publisher is refused: what was acknowledged is never pushed out by what comes later. */
+const PROMPTS_CONFIG = {
+  name: STREAMS.prompts.name,
+  subjects: [...STREAMS.prompts.subjects],
+  retention: RetentionPolicy.Workqueue,
+  storage: StorageType.File,
+  discard: DiscardPolicy.New,
+  max_age: nanos(7 * 24 * 60 * 60 * 1000),
+  max_msgs: 100_000,
+  max_bytes: 512 * 1024 * 1024,
+  duplicate_window: nanos(2 * 60 * 1000),
+} satisfies Partial<StreamConfig>;
+
 const WORK_CONFIG = {
   name: STREAMS.work.name,
   subjects: [...STREAMS.work.subjects],
@@ -57,14 +75,21 @@ async function ensureStream(
 }
 
 /**
- * Creates or adjusts both streams and the executors' consumer.
+ * Creates or adjusts the streams and the consumers of gateways and executors.
  * @throws LaminaError `nats_unreachable` when the server has no JetStream or refuses.
  */
 export async function ensureStreams(bus: Bus): Promise<void> {
   try {
     const manager = await bus.connection.jetstreamManager();
+    await ensureStream(manager, PROMPTS_CONFIG);
     await ensureStream(manager, WORK_CONFIG);
     await ensureStream(manager, TOKENS_CONFIG);
+    await manager.consumers.add(STREAMS.prompts.name, {
+      durable_name: STREAMS.prompts.durableConsumer,
+      ack_policy: AckPolicy.Explicit,
+      ack_wait: nanos(PROMPT_ACK_WAIT_MS),
+      max_ack_pending: MAX_PROMPTS_IN_HAND,
+    });
     await manager.consumers.add(STREAMS.work.name, {
       durable_name: STREAMS.work.durableConsumer,
       ack_policy: AckPolicy.Explicit,

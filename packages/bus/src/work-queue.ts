@@ -18,6 +18,7 @@ import {
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { type Consumer, ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
 import { type Bus, tooLarge } from './bus.ts';
+import { lastMessage } from './stored-message.ts';
 
 /** One work item that this process has taken on. */
 export interface WorkLease {
@@ -28,8 +29,8 @@ export interface WorkLease {
   renew(): void;
   /** The answer is complete: removes the item. */
   complete(): void;
-  /** Hands the item back at once, for another executor. */
-  release(): void;
+  /** Hands the item back, at once or after a while, for another executor. */
+  release(delayMs?: number): void;
 }
 
 const SUBMIT_TIMEOUT_MS = 5_000;
@@ -59,7 +60,8 @@ export class WorkQueue {
   async submit(item: WorkItem): Promise<number> {
     try {
       const ack = await this.#jetstream.publish(SUBJECTS.work(item.id), packMessage(item), {
-        msgID: item.id,
+        // The rest of an answer that was cut off is submitted under an id that the server has seen.
+        ...(item.isContinued !== true && { msgID: item.id }),
         timeout: SUBMIT_TIMEOUT_MS,
         expect: { lastSubjectSequence: 0 },
       });
@@ -75,6 +77,27 @@ export class WorkQueue {
       if (cause instanceof NatsError && cause.code === ErrorCode.MaxPayloadExceeded)
         throw tooLarge('the tokenized prompt', this.#bus, cause);
       throw new LaminaError('unavailable', 'the work queue does not take the prompt; is JetStream up?', { cause });
+    }
+  }
+
+  /**
+   * Stream sequence of the item with this id, waiting or leased; undefined when there is none.
+   * @throws LaminaError `unavailable`
+   */
+  async find(requestId: string): Promise<number | undefined> {
+    return (await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work(requestId)))?.seq;
+  }
+
+  /**
+   * How many items wait for an executor.
+   * @throws LaminaError `unavailable`
+   */
+  async waiting(): Promise<number> {
+    try {
+      const manager = await this.#bus.connection.jetstreamManager();
+      return (await manager.consumers.info(STREAMS.work.name, STREAMS.work.durableConsumer)).num_pending;
+    } catch (cause) {
+      throw new LaminaError('unavailable', 'the work queue cannot be read; is JetStream up?', { cause });
     }
   }
 
@@ -111,6 +134,6 @@ function leaseOf(message: JsMsg, item: WorkItem): WorkLease {
     deliveryCount: message.info.redeliveryCount,
     renew: () => message.working(),
     complete: () => message.ack(),
-    release: () => message.nak(),
+    release: (delayMs) => message.nak(delayMs),
   };
 }

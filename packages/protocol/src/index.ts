@@ -33,5 +33,12 @@ export {
   SUBJECT_NOTES,
   SUBJECTS,
 } from './subjects.ts';
-export { decodeTokens, encodeTokens, FINAL_HEADER, type FinishReason, type TokenMessage } from './token-message.ts';
+export {
+  decodeTokens,
+  encodeTokens,
+  FINAL_HEADER,
+  type FinishReason,
+  storedEncodingOf,
+  type TokenMessage,
+} from './token-message.ts';
 export { type Sampling, type WorkItem, workItemSchema } from './work-item.ts';

@@ -6,6 +6,7 @@
  * 2. An endpoint's request and reply are schema-checked by whoever receives them.
  */
 import type { z } from 'zod';
+import { generateRequestSchema } from './generate-request.ts';
 import * as kv from './kv-messages.ts';
 import { tokenMessageSchema } from './token-message.ts';
 import { workItemSchema } from './work-item.ts';
@@ -140,6 +141,14 @@ export const EVENTS = {
 
 /** JetStream streams that Lamina owns. */
 export const STREAMS = {
+  prompts: {
+    name: 'LAMINA_PROMPTS',
+    subjects: [`${ROOT}.prompts`],
+    durableConsumer: 'gateways',
+    meaning:
+      'Prompts that were submitted for good (work queue; acknowledged when their request is in LAMINA_WORK or ended). Full means refused.',
+    body: generateRequestSchema,
+  },
   work: {
     name: 'LAMINA_WORK',
     subjects: [`${ROOT}.work.*`],
@@ -160,6 +169,8 @@ export const STREAMS = {
 export const SUBJECTS = {
   /** Request with streamed replies; body: text, JSON object or msgpack map. */
   generate: `${ROOT}.generate`,
+  /** Durable submission by JetStream publish; body as for `generate`. */
+  prompts: `${ROOT}.prompts`,
   /** Scraped by a gateway: every instance answers with its metrics as JSON. */
   metrics: `${ROOT}.metrics`,
   /** Stats of one instance, as in $SRV.STATS, msgpack. */
@@ -200,6 +211,14 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
     to: 'gateway (queue group)',
     meaning:
       'Body: UTF-8 text = the prompt, or a JSON object, or a msgpack map. One reply per token (several may share one); the last has the header `Lamina-Final: true`.',
+  },
+  {
+    subject: SUBJECTS.prompts,
+    kind: 'JetStream LAMINA_PROMPTS',
+    from: 'client',
+    to: 'gateway',
+    meaning:
+      'Body as for `lamina.v1.generate`. The PubAck means accepted: the answer comes on `lamina.v1.tokens.<id>`, errors too. Id: `id` of the body, else the header `Nats-Msg-Id`, else `p<stream sequence>`.',
   },
   {
     subject: SUBJECTS.cancel('<id>'),

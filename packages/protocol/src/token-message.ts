@@ -46,10 +46,14 @@ export function encodeTokens(messages: readonly TokenMessage[], encoding: WireEn
   return encoding === 'json' ? encoder.encode(JSON.stringify(value)) : packMessage(value);
 }
 
+/** How stored messages are encoded: JSON begins with `{` or `[`, which no msgpack map or array does. */
+export function storedEncodingOf(bytes: Uint8Array): WireEncoding {
+  return bytes[0] === 0x7b || bytes[0] === 0x5b ? 'json' : 'msgpack';
+}
+
 /** @throws LaminaError `protocol_violation` */
 export function decodeTokens(bytes: Uint8Array): TokenMessage[] {
-  const first = bytes[0];
-  const value = first === 0x7b || first === 0x5b ? parseJson(bytes) : unpackMessage(bytes);
+  const value = storedEncodingOf(bytes) === 'json' ? parseJson(bytes) : unpackMessage(bytes);
   return parseMessage('token', answerSchema, value);
 }
 

@@ -33,5 +33,7 @@ export const workItemSchema = z.object({
   deadlineAtMs: z.number().nullable(),
   encoding: z.enum(['json', 'msgpack']),
   submittedAtMs: z.number(),
+  /** A part of the answer was stored before the item was lost: it is continued, also on its first delivery. */
+  isContinued: z.boolean().optional(),
 });
 export type WorkItem = z.infer<typeof workItemSchema>;

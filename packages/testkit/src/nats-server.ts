@@ -20,6 +20,8 @@ export interface NatsServerOptions {
   readonly storeDir?: string;
   /** Largest message that the server takes; default 1 MiB. */
   readonly maxPayloadBytes?: number;
+  /** Subjects that nobody may publish on. */
+  readonly denyPublish?: readonly string[];
 }
 
 export interface NatsServer {
@@ -43,6 +45,13 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
       'host: "127.0.0.1"',
       `port: ${options.port ?? -1}`,
       `max_payload: ${options.maxPayloadBytes ?? 1_048_576}`,
+      ...(options.denyPublish === undefined
+        ? []
+        : [
+            'authorization { users: [ { user: "all", password: "all", permissions: { publish: { deny: ' +
+              `${JSON.stringify(options.denyPublish)} } } } ] }`,
+            'no_auth_user: "all"',
+          ]),
       `jetstream { store_dir: ${JSON.stringify(options.storeDir ?? join(workDir, 'store'))} }`,
     ].join('\n'),
   );

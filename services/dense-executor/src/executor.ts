@@ -33,6 +33,8 @@ export interface ExecutorOptions {
 
 /** An item that ends every executor that takes it must not end them all. */
 const MAX_DELIVERIES = 10;
+/** Before a request is offered again whose stored part cannot be read. */
+const RELEASE_DELAY_MS = 1_000;
 /** Ids that were cancelled before this executor saw them; bounded. */
 const MAX_REMEMBERED_CANCELS = 10_000;
 
@@ -87,7 +89,7 @@ export class Executor {
       known.lease = lease;
       return;
     }
-    if (lease.deliveryCount > 1) void this.#resume(lease);
+    if (lease.deliveryCount > 1 || item.isContinued === true) void this.#resume(lease);
     else this.#begin(lease, []);
   }
 
@@ -107,7 +109,7 @@ export class Executor {
         { err: asLaminaError(cause), id },
         'the stored part of an answer cannot be read; handing the request back',
       );
-      lease.release();
+      lease.release(RELEASE_DELAY_MS);
     } finally {
       this.requests.arrived();
     }
@@ -118,8 +120,11 @@ export class Executor {
     const { item } = lease;
     const { tokenizer, log } = this.#options;
     const answer = new Answer({ tokenizer, eosTokenIds: this.#eosTokenIds, item });
-    const writer = new AnswerWriter(this.#options.tokens, item.encoding);
-    const request = new GenerationRequest(item, lease, answer, writer, this.#numArrivals++);
+    const writer = new AnswerWriter(this.#options.tokens, item.encoding, (error) => {
+      log.error({ err: error, id: item.id }, 'an answer cannot be stored');
+      this.requests.send(request, { type: 'FAIL', error });
+    });
+    const request: GenerationRequest = new GenerationRequest(item, lease, answer, writer, this.#numArrivals++);
     for (const { token } of stored) {
       if (token === null) continue;
       request.tokens.push(token);

@@ -43,7 +43,7 @@ export function request(options: {
     item,
     lease,
     new Answer({ tokenizer, eosTokenIds: new Set(), item }),
-    new AnswerWriter(STREAM, 'json'),
+    new AnswerWriter(STREAM, 'json', () => undefined),
     arrivals++,
   );
   const shards = options.shards ?? ['a'];

@@ -6,6 +6,8 @@ import { Counter, DURATION_BUCKETS_S, Gauge, Histogram, type Registry } from '@l
 export interface GatewayMetrics {
   /** Label `outcome`: stop, length, cancelled, or an error code. */
   readonly requests: Counter<'outcome'>;
+  /** Label `outcome`: submitted, known, cancelled, or an error code. */
+  readonly prompts: Counter<'outcome'>;
   readonly tokens: Counter;
   readonly repairs: Counter;
   /** Label `reason`: no_reply, bad_cancel_id. */
@@ -28,6 +30,12 @@ export function createGatewayMetrics(registry: Registry, openRequests: () => num
     requests: new Counter({
       name: 'lamina_gateway_requests_total',
       help: 'Answered requests by finish reason or error code',
+      labelNames: ['outcome'],
+      registers,
+    }),
+    prompts: new Counter({
+      name: 'lamina_gateway_durable_prompts_total',
+      help: 'Durable prompts by what became of them: submitted, known, cancelled, or an error code',
       labelNames: ['outcome'],
       registers,
     }),

@@ -1,10 +1,11 @@
 /**
- * Owns the set of open requests: from a body on `lamina.v1.generate` to an open relay, cancels, reconnections, drain.
+ * Owns the set of open relays: from a body on `lamina.v1.generate` to an answer, cancels, reconnections, drain.
  *
  * Invariants
  * 1. Every body that came with a reply subject gets exactly one last message; one without is counted and not run.
- * 2. An id is open at most once; it is reserved before anything is awaited.
- * 3. At most `maxOpenRequests` requests are open, those in admission included.
+ * 2. The same id twice is one request: whoever asks again gets its whole answer, from any gateway.
+ * 3. At most `maxOpenRequests` relays are open, those in admission included.
+ * 4. A request whose client chose the id outlives this gateway: the client can ask another for the rest.
  */
 import { randomBytes } from 'node:crypto';
 import type { BusMessage } from '@lamina/bus';
@@ -19,17 +20,12 @@ import {
 } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import { admit, promptOf, type ServedModel } from './admission.ts';
-import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import type { GatewayMetrics } from './gateway-metrics.ts';
-import type { PromptTokenizer } from './prompt-tokenizer.ts';
-import { type AnswerSink, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
+import { type PreparationParts, prepare } from './preparation.ts';
+import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 
-export interface GatewayParts {
-  readonly model: ServedModel;
-  readonly prompts: Pick<PromptTokenizer, 'encode'>;
-  readonly cluster: Pick<ClusterView, 'recent'>;
-  readonly links: RelayLinks & { readonly tokens: { has(requestId: string): Promise<boolean> } };
+export interface GatewayParts extends PreparationParts {
+  readonly links: RelayLinks;
   /** Publishes one reply; `headers` is empty for all but the last. */
   readonly reply: (subject: string, data: Uint8Array, headers: Readonly<Record<string, string>>) => void;
   readonly maxOpenRequests: number;
@@ -37,13 +33,17 @@ export interface GatewayParts {
 }
 
 const ID_BYTES = 15;
+const NOBODY: AnswerSink = { send: () => undefined };
 const NO_HEADERS = {};
 const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
 
 export class Gateway {
   readonly #parts: GatewayParts;
   readonly #metrics: () => GatewayMetrics;
-  readonly #open = new Map<string, Relay>();
+  readonly #open = new Set<Relay>();
+  /** Those whose clients chose the id. */
+  readonly #named = new WeakSet<Relay>();
+  readonly #strays = new Set<NodeJS.Timeout>();
   /** Aborted when the relay closes, so that its prompt gives up its place before the tokenizer. */
   readonly #closing = new WeakMap<Relay, AbortController>();
   #onIdle: (() => void) | undefined;
@@ -83,13 +83,12 @@ export class Gateway {
   /** Starts answering a request into `sink`. The one entrance for every protocol that a gateway speaks. */
   open({ request, encoding }: ParsedGenerateBody, sink: AnswerSink): Relay {
     const relay = this.#createRelay(request.id ?? createId(), encoding, sink);
-    if (this.#open.has(relay.id)) {
-      this.#fail(relay, new LaminaError('duplicate_id', `a request with the id "${relay.id}" is running`));
-    } else if (this.#open.size >= this.#parts.maxOpenRequests) {
+    if (this.#open.size >= this.#parts.maxOpenRequests) {
       const limit = this.#parts.maxOpenRequests;
       this.#fail(relay, new LaminaError('overloaded', `this gateway answers ${limit} requests already; retry later`));
     } else {
-      this.#open.set(relay.id, relay);
+      this.#open.add(relay);
+      if (request.id !== undefined) this.#named.add(relay);
       this.#start(relay, request, encoding).catch((cause: unknown) => this.#fail(relay, cause));
     }
     return relay;
@@ -98,17 +97,44 @@ export class Gateway {
   /** One message on `lamina.v1.cancel.<id>`. */
   handleCancel(subject: string): void {
     const id = idSchema.safeParse(subject.slice(subject.lastIndexOf('.') + 1));
-    if (id.success) this.#open.get(id.data)?.cancel();
+    if (id.success) for (const relay of this.#of(id.data)) relay.cancel();
     else this.#metrics().ignored.inc({ reason: 'bad_cancel_id' });
+  }
+
+  /** The same message at one gateway of all: sees to a request that nobody waits for and no executor may have. */
+  handleStrayCancel(subject: string): void {
+    const id = idSchema.safeParse(subject.slice(subject.lastIndexOf('.') + 1));
+    if (!id.success || this.#of(id.data).length > 0) return;
+    const timer = setTimeout(() => {
+      this.#strays.delete(timer);
+      this.#endStray(id.data).catch((cause: unknown) =>
+        this.#parts.log.error({ err: asLaminaError(cause), requestId: id.data }, 'a cancel failed'),
+      );
+    }, EXECUTOR_ANSWER_MS);
+    this.#strays.add(timer);
+  }
+
+  async #endStray(id: string): Promise<void> {
+    const state = await this.#parts.links.locate(id);
+    if (state.kind !== 'working') return;
+    const relay = this.#createRelay(id, 'json', NOBODY);
+    this.#open.add(relay);
+    await relay.attach(state.sequence);
+    relay.cancel();
+  }
+
+  #of(requestId: string): Relay[] {
+    return [...this.#open].filter((relay) => relay.id === requestId);
   }
 
   /** Messages may have been lost while the connection was down. */
   handleReconnect(): void {
-    for (const relay of this.#open.values()) void relay.repair();
+    for (const relay of this.#open) void relay.repair();
   }
 
-  /** Waits for the open requests; what is still open after `graceMs` is answered as unavailable. */
+  /** Waits for the open relays; what is still open after `graceMs` is answered as unavailable, and runs on if it was named. */
   async drain(graceMs: number): Promise<void> {
+    for (const timer of this.#strays) clearTimeout(timer);
     if (this.#open.size === 0) return;
     let timer: NodeJS.Timeout | undefined;
     const idle = new Promise<void>((resolve) => {
@@ -119,29 +145,25 @@ export class Gateway {
     });
     await Promise.race([idle, grace]);
     clearTimeout(timer);
-    for (const relay of [...this.#open.values()]) {
-      this.#parts.links.publishCancel(relay.id);
-      this.#fail(relay, new LaminaError('unavailable', 'the gateway shuts down; retry later'));
+    for (const relay of [...this.#open]) {
+      const isNamed = this.#named.has(relay);
+      if (!isNamed) this.#parts.links.publishCancel(relay.id);
+      const advice = isNamed ? 'ask another with the same id for the rest' : 'retry later';
+      this.#fail(relay, new LaminaError('unavailable', `the gateway shuts down; ${advice}`));
     }
   }
 
   async #start(relay: Relay, request: GenerateRequest, encoding: ParsedGenerateBody['encoding']): Promise<void> {
-    const { model, prompts, cluster, links } = this.#parts;
-    const nowMs = Date.now();
-    const prompt = promptOf(request, model);
+    const receivedAtMs = Date.now();
+    const state = request.id === undefined ? { kind: 'unknown' as const } : await this.#parts.links.locate(request.id);
+    if (state.kind === 'working') return relay.attach(state.sequence);
+    if (state.kind === 'ended') return relay.attach(0);
+    const isContinued = state.kind === 'cut';
     const closing = new AbortController();
     this.#closing.set(relay, closing);
-    const deadlineAtMs = request.deadline_ms === undefined ? undefined : nowMs + request.deadline_ms;
-    const end = { signal: closing.signal, deadlineAtMs };
-    const tokenIds = 'tokenIds' in prompt ? prompt.tokenIds : await prompts.encode(prompt, end);
-    // Length problems are the client's, whether or not the cluster is up: they come first.
-    const facts = { id: relay.id, encoding, nowMs, randomSeed: randomBytes(6).readUIntBE(0, 6) };
-    admit(request, tokenIds, model, { ...facts, kvCapacityTokens: Number.POSITIVE_INFINITY });
-    const { kvCapacityTokens } = requireAvailable(await cluster.recent());
-    const item = admit(request, tokenIds, model, { ...facts, kvCapacityTokens });
-    if (request.id !== undefined && (await links.tokens.has(relay.id))) {
-      throw new LaminaError('duplicate_id', `the id "${relay.id}" was used a short time ago; choose another`);
-    }
+    const origin = { id: relay.id, encoding, receivedAtMs, isContinued, signal: closing.signal };
+    const item = await prepare(this.#parts, request, origin);
+    relay.admitted(item);
     await relay.submit(item);
   }
 
@@ -161,7 +183,7 @@ export class Gateway {
       onClosed: (relay, outcome) => {
         this.#closing.get(relay)?.abort();
         metrics.requests.inc({ outcome });
-        if (this.#open.get(id) === relay) this.#open.delete(id);
+        this.#open.delete(relay);
         if (this.#open.size === 0) this.#onIdle?.();
       },
     };

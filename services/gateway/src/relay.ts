@@ -1,5 +1,6 @@
 /**
- * Owns one open request between its admission and its last token: work item in, tokens out, cancel, deadline.
+ * Owns one client's view of a request between its admission and its last token: work item in, tokens out, cancel,
+ * deadline. A request that is known already is not submitted: its answer is read from the start.
  *
  * Invariants
  * 1. Tokens are followed before the work item is submitted, and none is relayed before the queue has taken the item.
@@ -9,17 +10,20 @@
  *    item it has removed from the queue, or that its executor does not end although it was asked several times; both
  *    have the same Nats-Msg-Id, so the stream keeps one.
  * 5. Once closed, it holds no subscription and no timer.
+ * 6. The client gets its own encoding, whatever the one who asked first had wanted.
  */
 import type { BusMessage, Subscription } from '@lamina/bus';
 import {
   decodeTokens,
   type ErrorBody,
   encodeTokens,
+  storedEncodingOf,
   type TokenMessage,
   type WireEncoding,
   type WorkItem,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
+import type { RequestState } from './request-state.ts';
 
 /** Where the answer goes: the inbox of a NATS client, or an HTTP reply. Must not throw. */
 export interface AnswerSink {
@@ -35,6 +39,8 @@ export interface RelayLinks {
     publish(tokens: readonly TokenMessage[], encoding: WireEncoding): Promise<boolean>;
   };
   readonly queue: { submit(item: WorkItem): Promise<number>; remove(sequence: number): Promise<boolean> };
+  /** What is known of a request, wherever it may be. */
+  readonly locate: (requestId: string) => Promise<RequestState>;
   /** Tells the executors, wherever the request may be. */
   readonly publishCancel: (requestId: string) => void;
 }
@@ -85,28 +91,59 @@ export class Relay {
     return this.#phase === 'closed';
   }
 
-  /** Puts the work item into the queue. Never rejects: what goes wrong is the client's answer. */
+  /** The item waits for a place in the queue: its deadline counts from here on. */
+  admitted(item: WorkItem): void {
+    if (this.#phase !== 'admitting') return;
+    this.#promptTokens = item.tokenIds.length;
+    if (item.deadlineAtMs === null) return;
+    const remainingMs = Math.max(0, item.deadlineAtMs - Date.now());
+    this.#after(remainingMs, async () => {
+      if (this.#phase === 'admitting') this.fail(deadlineExceeded());
+      else this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('deadline_exceeded'));
+    });
+  }
+
+  /** Reads the answer to a request that was submitted before. `sequence`: of its work item, 0 if that is gone. */
+  async attach(sequence: number): Promise<void> {
+    if (this.isClosed) return;
+    this.#phase = 'open';
+    this.#sequence = sequence;
+    this.#early.length = 0;
+    if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
+    await this.#replay();
+  }
+
+  /** Puts the admitted item into the queue. Never rejects: what goes wrong is the client's answer. */
   async submit(item: WorkItem): Promise<void> {
     if (this.#phase !== 'admitting') return;
     this.#phase = 'submitting';
-    this.#promptTokens = item.tokenIds.length;
     this.#source = this.#links.tokens.follow(this.id, (message) => this.#receive(message.data));
     try {
       this.#sequence = await this.#links.queue.submit(item);
     } catch (cause) {
       const error = asLaminaError(cause);
+      if (error.code === 'duplicate_id') return this.#join(error);
       // The queue may have taken it although it did not say so.
       if (error.code === 'unavailable') this.#links.publishCancel(this.id);
       this.fail(error);
       return;
     }
     if (this.isClosed) return;
+    if (item.isContinued === true) return this.attach(this.#sequence);
     this.#phase = 'open';
     for (const data of this.#early.splice(0)) this.#receive(data);
     if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
-    if (item.deadlineAtMs !== null) {
-      const remainingMs = Math.max(0, item.deadlineAtMs - Date.now());
-      this.#after(remainingMs + EXECUTOR_ANSWER_MS, () => this.#giveUp('deadline_exceeded'));
+  }
+
+  /** Somebody else has submitted a request with this id: it is the same one. */
+  async #join(duplicate: LaminaError): Promise<void> {
+    try {
+      const state = await this.#links.locate(this.id);
+      if (state.kind === 'working') await this.attach(state.sequence);
+      else if (state.kind === 'ended') await this.attach(0);
+      else this.fail(duplicate);
+    } catch (cause) {
+      this.fail(asLaminaError(cause));
     }
   }
 
@@ -126,16 +163,21 @@ export class Relay {
   /** Reads the answer from the stream, because messages may have been missed. */
   async repair(): Promise<void> {
     if (this.#phase !== 'open') return;
+    this.#events.onRepair();
+    await this.#replay();
+  }
+
+  async #replay(): Promise<void> {
+    if (this.isClosed) return;
     this.#isReplaying = true;
     this.#source?.unsubscribe();
     this.#source = undefined;
-    this.#events.onRepair();
     try {
       const source = await this.#links.tokens.replay(this.id, (data) => this.#receive(data));
       if (this.isClosed || this.#source !== undefined) source.unsubscribe();
       else this.#source = source;
     } catch {
-      this.#after(REPLAY_RETRY_MS, () => this.repair());
+      this.#after(REPLAY_RETRY_MS, () => this.#replay());
     }
   }
 
@@ -171,7 +213,8 @@ export class Relay {
         this.fail(new LaminaError('unavailable', 'a part of the answer was not stored; ask again'));
       return;
     }
-    this.#deliver(fresh, fresh.length === received && first === original ? data : undefined);
+    const isWhole = fresh.length === received && first === original;
+    this.#deliver(fresh, isWhole && storedEncodingOf(data) === this.#encoding ? data : undefined);
   }
 
   /** Sends messages that start at the expected index; closes with the last one. */
@@ -200,9 +243,9 @@ export class Relay {
       const last =
         reason === 'cancelled'
           ? this.#lastMessage('cancelled')
-          : this.#lastMessage('error', { code: reason, message: 'deadline_ms passed before the answer was complete' });
+          : this.#lastMessage('error', { code: reason, message: deadlineExceeded().message });
       // It comes back through the stream like any other message, unless the stream fails.
-      await this.#links.tokens.publish([last], this.#encoding);
+      await this.#links.tokens.publish([last], this.#encoding).catch(() => false);
       this.#deliver([last]);
       this.#links.publishCancel(this.id);
       return;
@@ -252,6 +295,10 @@ export class Relay {
     for (const timer of this.#timers) clearTimeout(timer);
     this.#timers.clear();
   }
+}
+
+export function deadlineExceeded(): LaminaError {
+  return new LaminaError('deadline_exceeded', 'deadline_ms passed before the answer was complete');
 }
 
 function checkMessages(messages: readonly TokenMessage[], requestId: string): void {

@@ -4,7 +4,7 @@
  * Invariants
  * 1. Prompts are taken last and given up first: nothing is accepted that could not be relayed.
  */
-import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
+import { ensureStreams, PromptQueue, TokenStream, WorkQueue } from '@lamina/bus';
 import { loadTokenizer, logPull, readModel, resolveModel, type Tokenizer, tokenizerDigest } from '@lamina/model';
 import { GATEWAY_QUEUE, SUBJECTS } from '@lamina/protocol';
 import {
@@ -17,11 +17,14 @@ import {
 import type { ServedModel } from './admission.ts';
 import { createChat } from './chat.ts';
 import { ClusterView } from './cluster-view.ts';
+import { DurablePrompts } from './durable-prompts.ts';
 import { Gateway } from './gateway.ts';
 import { createGatewayMetrics, type GatewayMetrics } from './gateway-metrics.ts';
 import { createHttpServer, listen } from './http.ts';
+import type { PreparationParts } from './preparation.ts';
 import { createPromptEncoder } from './prompt-encoder.ts';
 import { PromptTokenizer } from './prompt-tokenizer.ts';
+import { locate } from './request-state.ts';
 
 /** The kv-manager answers at once or not at all. */
 const STATUS_TIMEOUT_MS = 1_000;
@@ -57,7 +60,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const { chatTemplate, specialTokens, contextLength } = description;
   const chat = { modelId, chatTemplate, specialTokens };
   const bounds = { contextLength, maxTokenBytes: model.maxTokenBytes };
-  const prompts = new PromptTokenizer(createPromptEncoder(bounds, createChat(chat), tokenizer), {
+  const promptTokenizer = new PromptTokenizer(createPromptEncoder(bounds, createChat(chat), tokenizer), {
     worker: { modelDir, digest, bounds, chat },
   });
   const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
@@ -69,17 +72,23 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   });
   const httpPort = await listen(server, config.httpHost, config.httpPort);
 
+  const preparation: PreparationParts = { model, promptTokenizer, cluster };
+  const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
+  const queue = new WorkQueue(bus);
   const gateway = new Gateway(
     {
-      model,
-      prompts,
-      cluster,
+      ...preparation,
       links: {
-        tokens: new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed')),
-        queue: new WorkQueue(bus),
-        publishCancel: (requestId) => bus.publish(SUBJECTS.cancel(requestId), NO_BYTES),
+        tokens,
+        queue,
+        locate: (requestId) => locate({ tokens, queue }, requestId),
+        publishCancel: (requestId) => {
+          if (!bus.isClosed) bus.publish(SUBJECTS.cancel(requestId), NO_BYTES);
+        },
       },
-      reply: (subject, data, headers) => bus.publishWithHeaders(subject, data, headers),
+      reply: (subject, data, headers) => {
+        if (!bus.isClosed) bus.publishWithHeaders(subject, data, headers);
+      },
       maxOpenRequests: config.maxOpenRequests,
       log,
     },
@@ -87,21 +96,37 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   );
   const metrics: GatewayMetrics = createGatewayMetrics(registry, () => gateway.openRequests);
 
+  const prompts = new DurablePrompts({
+    ...preparation,
+    prompts: new PromptQueue(bus),
+    tokens,
+    submit: (item) => queue.submit(item),
+    locate: (requestId) => locate({ tokens, queue }, requestId),
+    counter: () => metrics.prompts,
+    log,
+  });
+
   bus.onStatus((type) => {
     if (type === 'reconnect') gateway.handleReconnect();
   });
-  bus.subscribe(SUBJECTS.cancelAll, (message) => gateway.handleCancel(message.subject));
+  bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => {
+    gateway.handleCancel(subject);
+    prompts.cancel(subject.slice(subject.lastIndexOf('.') + 1));
+  });
+  bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => gateway.handleStrayCancel(subject), { queue: GATEWAY_QUEUE });
   bus.serveRaw('generate', SUBJECTS.generate, GATEWAY_QUEUE, (message) => gateway.handleGenerate(message));
   // Ready means that the server has the subscriptions.
   await bus.flush();
+  void prompts.run();
   log.info({ host: config.httpHost, httpPort, model: modelId }, 'listening');
 
   return {
     stats: () => ({ openRequests: gateway.openRequests, httpPort }),
     stop: async () => {
-      await bus.withdraw();
-      await gateway.drain(DRAIN_GRACE_MS);
-      await prompts.close();
+      if (!bus.isClosed) await bus.withdraw();
+      prompts.stop();
+      await gateway.drain(bus.isClosed ? 0 : DRAIN_GRACE_MS);
+      await promptTokenizer.close();
       await server.close();
     },
   };

@@ -2,6 +2,7 @@ import { encodeTokens, type TokenMessage, type WorkItem } from '@lamina/protocol
 import { LaminaError } from '@lamina/tensor';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { EXECUTOR_ANSWER_MS, Relay, type RelayLinks } from '../src/relay.ts';
+import type { RequestState } from '../src/request-state.ts';
 
 const item: WorkItem = {
   id: 'r',
@@ -28,7 +29,7 @@ const token = (index: number, last = false): TokenMessage => ({
 const bytes = (...messages: TokenMessage[]): Uint8Array => encodeTokens(messages, 'json');
 
 /** Plays the bus and the client; `live` and `stored` are what a relay listens to at the moment. */
-function bench(overrides: Partial<RelayLinks['queue']> = {}) {
+function bench(overrides: Partial<RelayLinks['queue']> = {}, located: RequestState = { kind: 'unknown' }) {
   const state = {
     live: undefined as ((data: Uint8Array) => void) | undefined,
     stored: undefined as ((data: Uint8Array) => void) | undefined,
@@ -56,6 +57,7 @@ function bench(overrides: Partial<RelayLinks['queue']> = {}) {
       },
     },
     queue: { submit: async () => 1, remove: async () => true, ...overrides },
+    locate: async () => located,
     publishCancel: () => state.cancels++,
   };
   const sink = {
@@ -104,7 +106,21 @@ describe('tokens', () => {
     expect(indices()).toEqual([0]);
   });
 
-  test('of another request with the same id are never relayed', async () => {
+  test('of the same request that somebody else has submitted are read from the start', async () => {
+    let refuse: (error: Error) => void = () => undefined;
+    const submit = (): Promise<number> => new Promise((_, reject) => (refuse = reject));
+    const { relay, state, indices, isClean } = bench({ submit }, { kind: 'working', sequence: 4 });
+    const submitted = relay.submit(item);
+    state.live?.(bytes(token(1)));
+    refuse(new LaminaError('duplicate_id', 'used'));
+    await submitted;
+    expect(state.live).toBeUndefined();
+    for (const index of [0, 1, 2]) state.stored?.(bytes(token(index, index === 2)));
+    expect(indices()).toEqual([0, 1, 2]);
+    expect(isClean()).toBe(true);
+  });
+
+  test('of a request with the same id that left no trace are never relayed', async () => {
     let refuse: (error: Error) => void = () => undefined;
     const { relay, state, isClean } = bench({ submit: () => new Promise((_, reject) => (refuse = reject)) });
     const submitted = relay.submit(item);
@@ -164,6 +180,7 @@ describe('an end that knows of fewer tokens than were relayed, as of an executor
 describe('cancel', () => {
   test('is answered by the gateway when the request was still queued', async () => {
     const { relay, state, isClean } = bench();
+    relay.admitted(item);
     await relay.submit(item);
     relay.cancel();
     relay.cancel();
@@ -231,9 +248,19 @@ describe('cancel', () => {
 });
 
 describe('a deadline', () => {
+  test('that passes before there was a place in the queue is answered at once', async () => {
+    const { relay, state, isClean } = bench({ submit: () => Promise.reject(new Error('must not be called')) });
+    relay.admitted({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    await vi.advanceTimersByTimeAsync(1_000);
+    await relay.submit(item);
+    expect(state.outcomes).toEqual(['deadline_exceeded']);
+    expect(isClean()).toBe(true);
+  });
+
   test('that passes in the queue is answered by the gateway', async () => {
     const { relay, state, isClean } = bench();
-    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    relay.admitted({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    await relay.submit(item);
     await vi.advanceTimersByTimeAsync(1_000 + EXECUTOR_ANSWER_MS - 1);
     expect(state.sent).toEqual([]);
     await vi.advanceTimersByTimeAsync(1);
@@ -243,7 +270,8 @@ describe('a deadline', () => {
 
   test('that passes while no executor has the request is answered by the gateway', async () => {
     const { relay, state, isClean } = bench();
-    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    relay.admitted({ ...item, deadlineAtMs: Date.now() + 1_000 });
+    await relay.submit(item);
     state.live?.(bytes(token(0)));
     await vi.advanceTimersByTimeAsync(1_000 + EXECUTOR_ANSWER_MS + 3_000);
     expect(state.outcomes).toEqual(['deadline_exceeded']);
@@ -253,7 +281,8 @@ describe('a deadline', () => {
 
   test('in the far future fires neither now nor ever before', async () => {
     const { relay, state } = bench();
-    await relay.submit({ ...item, deadlineAtMs: Date.now() + 1e15 });
+    relay.admitted({ ...item, deadlineAtMs: Date.now() + 1e15 });
+    await relay.submit(item);
     await vi.advanceTimersByTimeAsync(60_000);
     expect(state.outcomes).toEqual([]);
     relay.fail(new LaminaError('unavailable', 'end'));

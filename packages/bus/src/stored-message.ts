@@ -1,0 +1,34 @@
+/**
+ * Owns looking single messages up in a stream.
+ */
+import { LaminaError } from '@lamina/tensor';
+import { NatsError, type StoredMsg } from 'nats';
+import type { Bus } from './bus.ts';
+
+const NO_MESSAGE_ERROR_CODE = 10037;
+const STREAM_NOT_FOUND_ERROR_CODE = 10059;
+
+/**
+ * The last message that a stream keeps on a subject.
+ * @throws LaminaError `unavailable` when the stream cannot be read.
+ */
+export async function lastMessage(bus: Bus, stream: string, subject: string): Promise<StoredMsg | undefined> {
+  try {
+    const manager = await bus.connection.jetstreamManager();
+    return await manager.streams.getMessage(stream, { last_by_subj: subject });
+  } catch (cause) {
+    if (cause instanceof NatsError && cause.api_error?.err_code === NO_MESSAGE_ERROR_CODE) return undefined;
+    throw new LaminaError('unavailable', `the stream ${stream} cannot be read; is JetStream up?`, { cause });
+  }
+}
+
+/** True when the server is sure that there is no such stream. */
+export async function isStreamMissing(bus: Bus, stream: string): Promise<boolean> {
+  try {
+    const manager = await bus.connection.jetstreamManager();
+    await manager.streams.info(stream);
+    return false;
+  } catch (cause) {
+    return cause instanceof NatsError && cause.api_error?.err_code === STREAM_NOT_FOUND_ERROR_CODE;
+  }
+}

@@ -1,0 +1,205 @@
+/**
+ * Owns handing durable prompts over: from LAMINA_PROMPTS to the work queue, or to an error that is stored as the answer.
+ *
+ * Invariants
+ * 1. A prompt is acknowledged only when its request is in the work queue or its answer is stored whole. A gateway that dies
+ *    before that leaves it to another, which finds what was reached by the id: each request is submitted once.
+ * 2. A prompt is never refused because the cluster is full or down: it waits, here or in the stream.
+ * 3. An error never replaces an answer: it is stored only where nothing is stored under its id.
+ * 4. At most MAX_IN_HAND prompts are in hand; the others stay in the stream.
+ */
+import type { DurablePrompt, PromptQueue, TokenStream } from '@lamina/bus';
+import {
+  encodingOf,
+  idSchema,
+  LIMITS,
+  type ParsedGenerateBody,
+  parseGenerateBody,
+  requestIdOf,
+  type TokenMessage,
+  type WorkItem,
+} from '@lamina/protocol';
+import type { Counter, Logger } from '@lamina/runtime';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { type ClusterView, requireAvailable } from './cluster-view.ts';
+import { type PreparationParts, prepare } from './preparation.ts';
+import { deadlineExceeded } from './relay.ts';
+import type { RequestState } from './request-state.ts';
+
+export interface DurablePromptsParts extends PreparationParts {
+  readonly prompts: Pick<PromptQueue, 'take'>;
+  readonly tokens: Pick<TokenStream, 'publish' | 'endOf' | 'forget'>;
+  /** Puts an item into the work queue, when there is a place for it. */
+  readonly submit: (item: WorkItem) => Promise<unknown>;
+  readonly locate: (requestId: string) => Promise<RequestState>;
+  readonly cluster: Pick<ClusterView, 'recent'>;
+  /** Label `outcome`: submitted, known, cancelled, or an error code. */
+  readonly counter: () => Counter<'outcome'>;
+  readonly log: Pick<Logger, 'debug' | 'warn' | 'error'>;
+}
+
+const MAX_IN_HAND = 32;
+const TAKE_WAIT_MS = 30_000;
+/** While the cluster is down or full. */
+const RETRY_MS = 500;
+/** For prompts that need more KV than there is now; the others must not wait for a shard with them. */
+const CAPACITY_RETRY_MS = 5_000;
+const MAX_REMEMBERED_CANCELS = 10_000;
+const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
+
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+export class DurablePrompts {
+  readonly #parts: DurablePromptsParts;
+  readonly #inHand = new Set<DurablePrompt>();
+  /** Ids that were cancelled, in case their prompts are still in the stream. */
+  readonly #cancelledIds = new Set<string>();
+  #onRoom: (() => void) | undefined;
+  #isStopping = false;
+
+  constructor(parts: DurablePromptsParts) {
+    this.#parts = parts;
+  }
+
+  /** Takes prompts until `stop`. */
+  async run(): Promise<void> {
+    const { prompts, log } = this.#parts;
+    while (!this.#isStopping) {
+      if (this.#inHand.size >= MAX_IN_HAND) await new Promise<void>((resolve) => (this.#onRoom = resolve));
+      if (this.#isStopping) return;
+      try {
+        const prompt = await prompts.take(TAKE_WAIT_MS);
+        if (prompt === undefined) continue;
+        if (this.#isStopping) prompt.putBack(0);
+        else void this.#handOver(prompt);
+      } catch (cause) {
+        if (this.#isStopping) return;
+        log.error({ err: asLaminaError(cause) }, 'no durable prompts can be taken; trying again');
+        await sleep(RETRY_MS);
+      }
+    }
+  }
+
+  /** Hands everything back that is not handed over. */
+  stop(): void {
+    this.#isStopping = true;
+    this.#onRoom?.();
+    for (const prompt of this.#inHand) prompt.putBack(0);
+    this.#inHand.clear();
+  }
+
+  cancel(requestId: string): void {
+    if (requestId.length > LIMITS.idCharacters) return;
+    for (const oldest of this.#cancelledIds) {
+      if (this.#cancelledIds.size < MAX_REMEMBERED_CANCELS) break;
+      this.#cancelledIds.delete(oldest);
+    }
+    this.#cancelledIds.add(requestId);
+  }
+
+  async #handOver(prompt: DurablePrompt): Promise<void> {
+    const { log, counter } = this.#parts;
+    this.#inHand.add(prompt);
+    while (this.#inHand.has(prompt)) {
+      let delayMs: number | undefined;
+      try {
+        const outcome = await this.#attempt(prompt);
+        counter().inc({ outcome });
+        if (this.#inHand.delete(prompt)) prompt.done();
+      } catch (cause) {
+        const error = asLaminaError(cause);
+        if (error.code === 'kv_capacity_exceeded') delayMs = CAPACITY_RETRY_MS;
+        log.debug({ err: error, sequence: prompt.sequence }, 'a durable prompt waits');
+      }
+      if (delayMs !== undefined && this.#inHand.delete(prompt)) prompt.putBack(delayMs);
+      if (this.#inHand.has(prompt)) await sleep(RETRY_MS);
+    }
+    this.#onRoom?.();
+  }
+
+  /**
+   * Returns how the prompt ended here.
+   * @throws LaminaError when it is to be tried again.
+   */
+  async #attempt(prompt: DurablePrompt): Promise<string> {
+    const { tokens, submit, cluster } = this.#parts;
+    const headerId = idSchema.safeParse(prompt.header(MESSAGE_ID_HEADER)).data;
+    let id = requestIdOf(prompt.data) ?? headerId ?? generatedId(prompt);
+    let encoding = encodingOf(prompt.data);
+    try {
+      const parsed = parseGenerateBody(prompt.data);
+      encoding = parsed.encoding;
+      id = idOf(parsed, prompt);
+      const state = await this.#stateOf(id, prompt);
+      if (state.kind === 'working' || state.kind === 'ended') return 'known';
+      if (this.#cancelledIds.delete(id)) {
+        if (!(await tokens.publish([endMessage(id, 'cancelled')], encoding, true))) throw notStored();
+        return 'cancelled';
+      }
+      const { request } = parsed;
+      const deadlineAtMs = request.deadline_ms === undefined ? Infinity : prompt.storedAtMs + request.deadline_ms;
+      if (deadlineAtMs <= Date.now()) throw deadlineExceeded();
+      requireAvailable(await cluster.recent());
+      const isContinued = state.kind === 'cut';
+      const item = await prepare(this.#parts, request, {
+        id,
+        encoding,
+        receivedAtMs: prompt.storedAtMs,
+        isContinued,
+      });
+      await submit(item);
+      return 'submitted';
+    } catch (cause) {
+      const error = asLaminaError(cause);
+      if (error.code === 'duplicate_id') {
+        const { kind } = await this.#parts.locate(id);
+        if (kind === 'working' || kind === 'ended') return 'known';
+        throw error;
+      }
+      if (error.retryable || error.code === 'kv_capacity_exceeded') throw error;
+      if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: id }, 'a durable prompt failed');
+      if ((await this.#parts.locate(id)).kind !== 'unknown') return 'known';
+      if (!(await tokens.publish([endMessage(id, 'error', error)], encoding, true))) throw notStored();
+      return error.code;
+    }
+  }
+
+  /** Generated ids begin again with a new stream: an answer from before the prompt is that of another. */
+  async #stateOf(id: string, prompt: DurablePrompt): Promise<RequestState> {
+    const { tokens, locate } = this.#parts;
+    if (id === generatedId(prompt)) {
+      const stored = await tokens.endOf(id);
+      if (stored?.isComplete === true && stored.storedAtMs < prompt.storedAtMs) await tokens.forget(id, stored);
+    }
+    return locate(id);
+  }
+}
+
+function generatedId({ sequence }: DurablePrompt): string {
+  return `p${sequence}`;
+}
+
+/** @throws LaminaError `invalid_request` */
+function idOf({ request }: ParsedGenerateBody, prompt: DurablePrompt): string {
+  const given = request.id ?? prompt.header(MESSAGE_ID_HEADER);
+  if (given === undefined) return generatedId(prompt);
+  const checked = idSchema.safeParse(given);
+  if (checked.success) return checked.data;
+  const problem = checked.error.issues[0]?.message ?? 'is no id';
+  throw new LaminaError('invalid_request', `the header ${MESSAGE_ID_HEADER}, which is the id here, ${problem}`);
+}
+
+function notStored(): LaminaError {
+  return new LaminaError('unavailable', 'the end of an answer could not be stored');
+}
+
+function endMessage(id: string, reason: 'cancelled' | 'error', error?: LaminaError): TokenMessage {
+  return {
+    id,
+    index: 0,
+    token: null,
+    text: '',
+    finish_reason: reason,
+    ...(error !== undefined && { error: { code: error.code, message: error.message } }),
+  };
+}
