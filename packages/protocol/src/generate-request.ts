@@ -138,9 +138,14 @@ export function requestIdOf(body: Uint8Array): string | undefined {
 }
 
 /** @throws LaminaError `invalid_request` that lists the bad fields. */
-export function parseGenerateBody(body: Uint8Array): ParsedGenerateBody {
-  const { encoding, value } = decodeBody(body);
+export function checkGenerateRequest(value: unknown): GenerateRequest {
   const result = generateRequestSchema.safeParse(value);
   if (!result.success) throw new LaminaError('invalid_request', describeIssues(result.error), { cause: result.error });
-  return { encoding, request: result.data };
+  return result.data;
+}
+
+/** @throws LaminaError `invalid_request` */
+export function parseGenerateBody(body: Uint8Array): ParsedGenerateBody {
+  const { encoding, value } = decodeBody(body);
+  return { encoding, request: checkGenerateRequest(value) };
 }

@@ -2,6 +2,7 @@
 export { packMessage, unpackMessage } from './codec.ts';
 export * from './frame.ts';
 export {
+  checkGenerateRequest,
   encodingOf,
   type GenerateRequest,
   generateRequestSchema,

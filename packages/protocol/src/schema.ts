@@ -21,6 +21,8 @@ export const idSchema = z
 export const errorBodySchema = z.object({
   code: z.custom<ErrorCode>(isErrorCode, 'unknown error code'),
   message: z.string(),
+  /** When trying again is worthwhile. */
+  retryAfterMs: z.number().min(0).optional(),
 });
 export type ErrorBody = z.infer<typeof errorBodySchema>;
 

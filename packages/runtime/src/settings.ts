@@ -40,6 +40,9 @@ const byteSize: z.ZodType<number, string> = z
   .transform((value) => Number.parseInt(value, 10) * (UNITS[value.replace(/\d/g, '').toLowerCase()] ?? 1))
   .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be from 1 byte to 8388607g');
 
+/** Text, or `none`. */
+const optionalText = text.transform((value) => (value === 'none' ? undefined : value));
+
 const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
 
 export const SETTINGS = {
@@ -114,7 +117,35 @@ export const SETTINGS = {
     fallback: '8080',
     schema: integer(0, 65_535),
     usedBy: ['gateway'],
-    meaning: 'Port of /health and /metrics; 0 takes any free one.',
+    meaning: 'Port of the OpenAI API, /health and /metrics; 0 takes any free one.',
+  }),
+  httpBodyBytes: setting({
+    env: 'LAMINA_HTTP_BODY_BYTES',
+    fallback: '4m',
+    schema: byteSize,
+    usedBy: ['gateway'],
+    meaning: 'Largest body of an HTTP request; suffix k, m or g.',
+  }),
+  httpCorsOrigin: setting({
+    env: 'LAMINA_HTTP_CORS_ORIGIN',
+    fallback: 'none',
+    schema: optionalText,
+    usedBy: ['gateway'],
+    meaning: 'Origin of web pages that may call the HTTP API from a browser, or `*` for any; `none` allows none.',
+  }),
+  apiKeysFile: setting({
+    env: 'LAMINA_API_KEYS_FILE',
+    fallback: 'none',
+    schema: optionalText,
+    usedBy: ['gateway'],
+    meaning: 'File of API keys for /v1, a line `client:key` each; `none` asks for no key.',
+  }),
+  requestsPerMinute: setting({
+    env: 'LAMINA_REQUESTS_PER_MINUTE',
+    fallback: '0',
+    schema: integer(0, 1_000_000),
+    usedBy: ['gateway'],
+    meaning: 'HTTP requests of one client that one gateway takes in a minute; 0 = any number.',
   }),
   maxOpenRequests: setting({
     env: 'LAMINA_MAX_OPEN_REQUESTS',
@@ -122,6 +153,13 @@ export const SETTINGS = {
     schema: integer(1, 1_000_000),
     usedBy: ['gateway'],
     meaning: 'Prompts that one gateway relays at a time; more are refused as overloaded.',
+  }),
+  maxOpenPerClient: setting({
+    env: 'LAMINA_MAX_OPEN_PER_CLIENT',
+    fallback: '1024',
+    schema: integer(1, 1_000_000),
+    usedBy: ['gateway'],
+    meaning: 'Of these, how many one client may have; more are refused as overloaded.',
   }),
   denseWorkers: setting({
     env: 'LAMINA_DENSE_WORKERS',

@@ -27,6 +27,12 @@ export const ERROR_CODES = {
     httpStatus: 404,
     meaning: 'The cluster does not serve the named model; the message names the ones it does.',
   },
+  unknown_request: {
+    retryable: false,
+    httpStatus: 404,
+    meaning: 'Nothing is known of a request with this id: it never came, or its answer is no longer kept.',
+  },
+  unauthorized: { retryable: false, httpStatus: 401, meaning: 'The API key is missing or not known.' },
   context_length_exceeded: {
     retryable: false,
     httpStatus: 400,
@@ -98,17 +104,21 @@ export interface LaminaErrorOptions {
   readonly cause?: unknown;
   /** Facts for the log: never sent to a client. */
   readonly diagnostics?: Readonly<Record<string, unknown>>;
+  /** When trying again is worthwhile, as far as that is known. */
+  readonly retryAfterMs?: number | undefined;
 }
 
 export class LaminaError extends Error {
   override readonly name = 'LaminaError';
   readonly code: ErrorCode;
   readonly diagnostics: Readonly<Record<string, unknown>>;
+  readonly retryAfterMs: number | undefined;
 
   constructor(code: ErrorCode, message: string, options: LaminaErrorOptions = {}) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.code = code;
     this.diagnostics = options.diagnostics ?? {};
+    this.retryAfterMs = options.retryAfterMs;
   }
 
   get retryable(): boolean {

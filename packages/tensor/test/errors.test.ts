@@ -18,8 +18,10 @@ test('the set of codes is closed', () => {
     'overloaded',
     'protocol_violation',
     'shard_lost',
+    'unauthorized',
     'unavailable',
     'unknown_model',
+    'unknown_request',
   ]);
   const notCodes = ['', 'Internal', 'toString', 'constructor', '__proto__', 5, null, undefined, ['internal']];
   expect(notCodes.filter(isErrorCode)).toEqual([]);

@@ -4,7 +4,7 @@
  * Invariants
  * 1. Every body that came with a reply subject gets exactly one last message; one without is counted and not run.
  * 2. The same id twice is one request: whoever asks again gets its whole answer, from any gateway.
- * 3. At most `maxOpenRequests` relays are open, those in admission included.
+ * 3. At most `maxOpenRequests` relays are open, and `maxOpenPerClient` of one client, those in admission included.
  * 4. A request whose client chose the id outlives this gateway: the client can ask another for the rest.
  */
 import { randomBytes } from 'node:crypto';
@@ -20,19 +20,23 @@ import {
 } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
 import type { GatewayMetrics } from './gateway-metrics.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
+import type { RequestState } from './request-state.ts';
 
 export interface GatewayParts extends PreparationParts {
   readonly links: RelayLinks;
   /** Publishes one reply; `headers` is empty for all but the last. */
   readonly reply: (subject: string, data: Uint8Array, headers: Readonly<Record<string, string>>) => void;
   readonly maxOpenRequests: number;
+  readonly maxOpenPerClient: number;
   readonly log: Pick<Logger, 'debug' | 'error'>;
 }
 
 const ID_BYTES = 15;
+const OVERLOADED_RETRY_MS = 1_000;
 const NOBODY: AnswerSink = { send: () => undefined };
 const NO_HEADERS = {};
 const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
@@ -40,7 +44,9 @@ const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
 export class Gateway {
   readonly #parts: GatewayParts;
   readonly #metrics: () => GatewayMetrics;
-  readonly #open = new Set<Relay>();
+  /** With their clients. */
+  readonly #open = new Map<Relay, string>();
+  readonly #numOfClient = new Map<string, number>();
   /** Those whose clients chose the id. */
   readonly #named = new WeakSet<Relay>();
   readonly #strays = new Set<NodeJS.Timeout>();
@@ -59,7 +65,7 @@ export class Gateway {
   }
 
   /** One message on `lamina.v1.generate`. */
-  handleGenerate(message: Pick<BusMessage, 'data' | 'reply'>): void {
+  handleGenerate(message: Pick<BusMessage, 'data' | 'reply' | 'header'>): void {
     const { reply, data } = message;
     if (reply === undefined) {
       this.#metrics().ignored.inc({ reason: 'no_reply' });
@@ -70,28 +76,73 @@ export class Gateway {
       send: (_, bytes, isFinal) => this.#parts.reply(reply, bytes, isFinal ? FINAL_HEADERS : NO_HEADERS),
     };
     let parsed: ParsedGenerateBody;
+    let client: string;
     try {
+      client = clientIdOf(message.header(CLIENT_HEADER));
       parsed = parseGenerateBody(data);
     } catch (cause) {
       const relay = this.#createRelay(requestIdOf(data) ?? createId(), encodingOf(data), sink);
       this.#fail(relay, cause);
       return;
     }
-    this.open(parsed, sink);
+    this.open(parsed, sink, client);
   }
 
   /** Starts answering a request into `sink`. The one entrance for every protocol that a gateway speaks. */
-  open({ request, encoding }: ParsedGenerateBody, sink: AnswerSink): Relay {
+  open({ request, encoding }: ParsedGenerateBody, sink: AnswerSink, client: string): Relay {
     const relay = this.#createRelay(request.id ?? createId(), encoding, sink);
-    if (this.#open.size >= this.#parts.maxOpenRequests) {
-      const limit = this.#parts.maxOpenRequests;
-      this.#fail(relay, new LaminaError('overloaded', `this gateway answers ${limit} requests already; retry later`));
-    } else {
-      this.#open.add(relay);
-      if (request.id !== undefined) this.#named.add(relay);
+    if (request.id !== undefined) this.#named.add(relay);
+    if (this.#enter(relay, client))
       this.#start(relay, request, encoding).catch((cause: unknown) => this.#fail(relay, cause));
-    }
     return relay;
+  }
+
+  /** Sends the answer of a request that is known already into `sink`, from its start. */
+  follow(id: string, sink: AnswerSink, client: string): Relay {
+    const relay = this.#createRelay(id, 'json', sink);
+    this.#named.add(relay);
+    if (this.#enter(relay, client)) void relay.attach(0);
+    return relay;
+  }
+
+  /** The client has gone: nobody wants the rest, unless it was named and may be asked for again. */
+  hangUp(relay: Relay): void {
+    if (!relay.isClosed && !this.#named.has(relay)) this.requestCancel(relay.id);
+  }
+
+  /** Cancels a request wherever it is, as a message on its cancel subject does. */
+  requestCancel(requestId: string): void {
+    this.#parts.links.publishCancel(requestId);
+  }
+
+  async stateOf(requestId: string): Promise<RequestState['kind']> {
+    if (this.#of(requestId).length > 0) return 'working';
+    return (await this.#parts.links.locate(requestId)).kind;
+  }
+
+  #enter(relay: Relay, client: string): boolean {
+    const { maxOpenRequests, maxOpenPerClient } = this.#parts;
+    const numOfClient = this.#numOfClient.get(client) ?? 0;
+    if (this.#open.size >= maxOpenRequests)
+      this.#fail(relay, overloaded(`this gateway answers ${maxOpenRequests} requests already`));
+    else if (numOfClient >= maxOpenPerClient)
+      this.#fail(relay, overloaded(`the client "${client}" has ${maxOpenPerClient} requests open already`));
+    else {
+      this.#open.set(relay, client);
+      this.#numOfClient.set(client, numOfClient + 1);
+      return true;
+    }
+    return false;
+  }
+
+  #leave(relay: Relay): void {
+    const client = this.#open.get(relay);
+    if (client === undefined) return;
+    this.#open.delete(relay);
+    const rest = (this.#numOfClient.get(client) ?? 1) - 1;
+    if (rest === 0) this.#numOfClient.delete(client);
+    else this.#numOfClient.set(client, rest);
+    if (this.#open.size === 0) this.#onIdle?.();
   }
 
   /** One message on `lamina.v1.cancel.<id>`. */
@@ -118,18 +169,18 @@ export class Gateway {
     const state = await this.#parts.links.locate(id);
     if (state.kind !== 'working') return;
     const relay = this.#createRelay(id, 'json', NOBODY);
-    this.#open.add(relay);
+    this.#open.set(relay, 'gateway');
     await relay.attach(state.sequence);
     relay.cancel();
   }
 
   #of(requestId: string): Relay[] {
-    return [...this.#open].filter((relay) => relay.id === requestId);
+    return [...this.#open.keys()].filter((relay) => relay.id === requestId);
   }
 
   /** Messages may have been lost while the connection was down. */
   handleReconnect(): void {
-    for (const relay of this.#open) void relay.repair();
+    for (const relay of this.#open.keys()) void relay.repair();
   }
 
   /** Waits for the open relays; what is still open after `graceMs` is answered as unavailable, and runs on if it was named. */
@@ -145,7 +196,7 @@ export class Gateway {
     });
     await Promise.race([idle, grace]);
     clearTimeout(timer);
-    for (const relay of [...this.#open]) {
+    for (const relay of [...this.#open.keys()]) {
       const isNamed = this.#named.has(relay);
       if (!isNamed) this.#parts.links.publishCancel(relay.id);
       const advice = isNamed ? 'ask another with the same id for the rest' : 'retry later';
@@ -183,8 +234,7 @@ export class Gateway {
       onClosed: (relay, outcome) => {
         this.#closing.get(relay)?.abort();
         metrics.requests.inc({ outcome });
-        this.#open.delete(relay);
-        if (this.#open.size === 0) this.#onIdle?.();
+        this.#leave(relay);
       },
     };
     return new Relay(id, encoding, sink, this.#parts.links, events);
@@ -195,6 +245,10 @@ export class Gateway {
     if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: relay.id }, 'request failed');
     relay.fail(error);
   }
+}
+
+function overloaded(reason: string): LaminaError {
+  return new LaminaError('overloaded', `${reason}; retry later`, { retryAfterMs: OVERLOADED_RETRY_MS });
 }
 
 /** Safe as a subject token. */

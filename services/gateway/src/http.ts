@@ -1,24 +1,40 @@
 /**
- * Owns the HTTP server: /health and /metrics. The OpenAI API (/v1/...) and the dashboard (/) are to be registered in
- * `createHttpServer` as plugins of their own.
+ * Owns the HTTP server: /health and /metrics, errors, CORS. The OpenAI API is in ./http; the dashboard (/) is to be
+ * registered as a plugin of its own.
  *
  * Invariants
- * 1. Every reply but /metrics is JSON, errors included.
+ * 1. Every reply but /metrics and event streams is JSON, errors included.
  * 2. /health asks the cluster each time; 200 means that a prompt would be answered.
  */
 import { ERROR_CODES, LaminaError } from '@lamina/tensor';
 import { type FastifyInstance, fastify } from 'fastify';
 import type { ClusterState } from './cluster-view.ts';
+import { httpErrorOf, openAiError, retryAfterMsOf } from './http/openai-error.ts';
+import { type ApiParts, REQUEST_ID_HEADER, registerOpenAi } from './http/openai-routes.ts';
+import { registerRequests } from './http/request-routes.ts';
 
-export interface HttpParts {
-  readonly modelId: string;
+export interface HttpParts extends ApiParts {
   readonly clusterState: () => Promise<ClusterState>;
   /** Prometheus text of the whole cluster. */
   readonly metrics: () => Promise<string>;
+  readonly bodyLimitBytes: number;
+  /** Pages of this origin may call the API from a browser; `*` = of any, undefined = of none. */
+  readonly corsOrigin: string | undefined;
+  readonly onError: (error: LaminaError) => void;
 }
 
+/** How long a client may take to send its request. */
+const RECEIVE_TIMEOUT_MS = 30_000;
+
 export function createHttpServer(parts: HttpParts): FastifyInstance {
-  const server = fastify({ logger: false, forceCloseConnections: true });
+  const server = fastify({
+    logger: false,
+    forceCloseConnections: true,
+    bodyLimit: parts.bodyLimitBytes,
+    requestTimeout: RECEIVE_TIMEOUT_MS,
+    routerOptions: { maxParamLength: 256 },
+  });
+  allowOrigin(server, parts.corsOrigin);
   server.get('/health', async (_, reply) => {
     const state = await parts.clusterState();
     if (state.status === 'unavailable') {
@@ -30,24 +46,38 @@ export function createHttpServer(parts: HttpParts): FastifyInstance {
   server.get('/metrics', async (_, reply) =>
     reply.type('text/plain; version=0.0.4; charset=utf-8').send(await parts.metrics()),
   );
-  server.setNotFoundHandler((request, reply) =>
-    reply
-      .code(404)
-      .send({ error: { code: 'invalid_request', message: `nothing is served at ${request.method} ${request.url}` } }),
-  );
+  registerOpenAi(server, parts);
+  registerRequests(server, parts);
+  server.setNotFoundHandler((request, reply) => {
+    const error = new LaminaError('invalid_request', `nothing is served at ${request.method} ${request.url}`);
+    return reply.code(404).send(openAiError(error, 404));
+  });
   server.setErrorHandler((cause, _, reply) => {
-    const status = cause instanceof LaminaError ? cause.httpStatus : statusOf(cause);
-    const code = cause instanceof LaminaError ? cause.code : status < 500 ? 'invalid_request' : 'internal';
-    const message =
-      status < 500 && cause instanceof Error ? cause.message : 'internal error; see the log of the gateway';
-    return reply.code(status).send({ error: { code, message } });
+    const { error, status } = httpErrorOf(cause);
+    if (error.code === 'internal') parts.onError(error);
+    const retryAfterMs = retryAfterMsOf(error);
+    if (retryAfterMs !== undefined) reply.header('Retry-After', Math.ceil(retryAfterMs / 1000));
+    return reply.code(status).send(openAiError(error, status));
   });
   return server;
 }
 
-function statusOf(cause: unknown): number {
-  const isHttpError = typeof cause === 'object' && cause !== null && 'statusCode' in cause;
-  return isHttpError && typeof cause.statusCode === 'number' ? cause.statusCode : 500;
+function allowOrigin(server: FastifyInstance, origin: string | undefined): void {
+  if (origin === undefined) return;
+  server.addHook('onRequest', async (request, reply) => {
+    if (origin !== '*' && request.headers.origin !== origin) return;
+    reply.header('Access-Control-Allow-Origin', origin);
+    reply.header('Access-Control-Expose-Headers', `${REQUEST_ID_HEADER}, Retry-After`);
+    if (origin !== '*') reply.header('Vary', 'Origin');
+  });
+  server.options('/v1/*', (_, reply) =>
+    reply
+      .header('Access-Control-Allow-Methods', 'GET, POST, DELETE')
+      .header('Access-Control-Allow-Headers', 'Authorization, Content-Type, Idempotency-Key, Last-Event-ID')
+      .header('Access-Control-Max-Age', 600)
+      .code(204)
+      .send(),
+  );
 }
 
 /**

@@ -157,7 +157,7 @@ export class Relay {
 
   /** Ends the request with an error that is not written to the stream. */
   fail(error: LaminaError): void {
-    this.#deliver([this.#lastMessage('error', { code: error.code, message: error.message })]);
+    this.#deliver([this.#lastMessage('error', errorBodyOf(error))]);
   }
 
   /** Reads the answer from the stream, because messages may have been missed. */
@@ -299,6 +299,10 @@ export class Relay {
 
 export function deadlineExceeded(): LaminaError {
   return new LaminaError('deadline_exceeded', 'deadline_ms passed before the answer was complete');
+}
+
+function errorBodyOf({ code, message, retryAfterMs }: LaminaError): ErrorBody {
+  return { code, message, ...(retryAfterMs !== undefined && { retryAfterMs }) };
 }
 
 function checkMessages(messages: readonly TokenMessage[], requestId: string): void {

@@ -20,6 +20,9 @@ import { ClusterView } from './cluster-view.ts';
 import { DurablePrompts } from './durable-prompts.ts';
 import { Gateway } from './gateway.ts';
 import { createGatewayMetrics, type GatewayMetrics } from './gateway-metrics.ts';
+import { Access } from './http/access.ts';
+import { ApiKeys } from './http/api-keys.ts';
+import { RateLimit } from './http/rate-limit.ts';
 import { createHttpServer, listen } from './http.ts';
 import type { PreparationParts } from './preparation.ts';
 import { createPromptEncoder } from './prompt-encoder.ts';
@@ -30,6 +33,7 @@ import { locate } from './request-state.ts';
 const STATUS_TIMEOUT_MS = 1_000;
 const METRICS_WAIT_MS = 250;
 const DRAIN_GRACE_MS = 10_000;
+const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost']);
 const NO_BYTES = new Uint8Array(0);
 
 function maxTokenBytesOf(tokenizer: Tokenizer): number {
@@ -49,6 +53,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     textOnly: config.onnxVariant === undefined,
     ...logPull(log),
   });
+  const apiKeys = config.apiKeysFile === undefined ? undefined : await ApiKeys.read(config.apiKeysFile);
   const [description, tokenizer, digest] = await Promise.all([
     readModel(modelDir, config.onnxVariant),
     loadTokenizer(modelDir),
@@ -64,13 +69,6 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     worker: { modelDir, digest, bounds, chat },
   });
   const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
-
-  const server = createHttpServer({
-    modelId,
-    clusterState: () => cluster.live(),
-    metrics: () => collectMetrics(bus, METRICS_WAIT_MS),
-  });
-  const httpPort = await listen(server, config.httpHost, config.httpPort);
 
   const preparation: PreparationParts = { model, promptTokenizer, cluster };
   const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
@@ -90,6 +88,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
         if (!bus.isClosed) bus.publishWithHeaders(subject, data, headers);
       },
       maxOpenRequests: config.maxOpenRequests,
+      maxOpenPerClient: config.maxOpenPerClient,
       log,
     },
     () => metrics,
@@ -106,6 +105,18 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     log,
   });
 
+  const server = createHttpServer({
+    modelId,
+    gateway,
+    access: new Access(apiKeys, new RateLimit(config.requestsPerMinute)),
+    clusterState: () => cluster.live(),
+    metrics: () => collectMetrics(bus, METRICS_WAIT_MS),
+    bodyLimitBytes: config.httpBodyBytes,
+    corsOrigin: config.httpCorsOrigin,
+    onError: (err) => log.error({ err }, 'an HTTP request failed'),
+  });
+  const httpPort = await listen(server, config.httpHost, config.httpPort);
+
   bus.onStatus((type) => {
     if (type === 'reconnect') gateway.handleReconnect();
   });
@@ -118,6 +129,8 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   // Ready means that the server has the subscriptions.
   await bus.flush();
   void prompts.run();
+  if (apiKeys === undefined && !LOOPBACK.has(config.httpHost))
+    log.warn({ host: config.httpHost }, 'HTTP is open to whoever reaches it: no LAMINA_API_KEYS_FILE is set');
   log.info({ host: config.httpHost, httpPort, model: modelId }, 'listening');
 
   return {

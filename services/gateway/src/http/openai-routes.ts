@@ -1,0 +1,91 @@
+/**
+ * Owns OpenAI's endpoints: /v1/completions, /v1/chat/completions, /v1/models.
+ *
+ * Invariants
+ * 1. A client that hangs up cancels its request, unless it named it: then it may come back for it, to any gateway.
+ * 2. Event ids of a stream are token indices: the same body with the same Idempotency-Key and a Last-Event-ID resumes it.
+ */
+import { LIMITS } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
+import type { Gateway } from '../gateway.ts';
+import type { Access } from './access.ts';
+import { collectAnswer, streamAnswer } from './answers.ts';
+import { CHAT, COMPLETION, type OpenAiFormat, type ReplyFacts } from './openai-reply.ts';
+import { type OpenAiRequest, readChatCompletion, readCompletion } from './openai-request.ts';
+
+export interface ApiParts {
+  readonly modelId: string;
+  readonly gateway: Pick<Gateway, 'open' | 'follow' | 'hangUp' | 'stateOf' | 'requestCancel'>;
+  readonly access: Access;
+}
+
+const ID_HEADER = 'idempotency-key';
+export const REQUEST_ID_HEADER = 'Lamina-Request-Id';
+
+/** @throws LaminaError `invalid_request` */
+export function lastEventIndex(request: FastifyRequest): number {
+  const given = request.headers['last-event-id']?.toString();
+  if (given === undefined || given === '') return -1;
+  const index = Number(given);
+  if (Number.isSafeInteger(index) && index >= 0 && index <= LIMITS.maxTokens) return index;
+  throw new LaminaError('invalid_request', 'the header Last-Event-ID must be the index of a token');
+}
+
+export function registerOpenAi(server: FastifyInstance, { modelId, gateway, access }: ApiParts): void {
+  const startedAt = Math.floor(Date.now() / 1000);
+
+  const complete = async (
+    request: FastifyRequest,
+    reply: FastifyReply,
+    format: OpenAiFormat,
+    read: (body: unknown, id: string | undefined) => OpenAiRequest,
+  ): Promise<unknown> => {
+    const client = access.admit(request.headers);
+    const { generate, isStream, includeUsage } = read(request.body, request.headers[ID_HEADER]?.toString());
+    const afterIndex = lastEventIndex(request);
+    const factsOf = (id: string): ReplyFacts => ({
+      id,
+      model: modelId,
+      created: Math.floor(Date.now() / 1000),
+      hasLogprobs: generate.logprobs !== undefined,
+    });
+    const open = (sink: Parameters<Gateway['open']>[1]): string => {
+      const relay = gateway.open({ request: generate, encoding: 'json' }, sink, client);
+      reply.header(REQUEST_ID_HEADER, relay.id);
+      reply.raw.once('close', () => gateway.hangUp(relay));
+      return relay.id;
+    };
+    if (!isStream) {
+      const { sink, messages } = collectAnswer();
+      const id = open(sink);
+      return format.whole(factsOf(id), await messages);
+    }
+    let facts: ReplyFacts = factsOf('');
+    const { sink, done } = streamAnswer(reply, {
+      afterIndex,
+      event: (message) => {
+        facts = { ...facts, id: message.id };
+        return format.chunk(facts, message);
+      },
+      ending: ({ usage }) => [...(includeUsage ? [format.usageChunk(facts, usage)] : []), '[DONE]'],
+    });
+    open(sink);
+    await done;
+    return reply;
+  };
+
+  server.post('/v1/completions', (request, reply) => complete(request, reply, COMPLETION, readCompletion));
+  server.post('/v1/chat/completions', (request, reply) => complete(request, reply, CHAT, readChatCompletion));
+
+  const model = { id: modelId, object: 'model', created: startedAt, owned_by: 'lamina' };
+  server.get('/v1/models', async ({ headers }) => {
+    access.identify(headers);
+    return { object: 'list', data: [model] };
+  });
+  server.get<{ Params: { '*': string } }>('/v1/models/*', async ({ headers, params }) => {
+    access.identify(headers);
+    if (params['*'] === modelId) return model;
+    throw new LaminaError('unknown_model', `the model "${params['*']}" is not served here; "${modelId}" is`);
+  });
+}

@@ -1,0 +1,57 @@
+/**
+ * Owns /v1/requests: the state of a request, its tokens from any index on, and its cancellation, at any gateway.
+ */
+import { idSchema } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
+import type { FastifyInstance } from 'fastify';
+import { streamAnswer } from './answers.ts';
+import { type ApiParts, lastEventIndex } from './openai-routes.ts';
+
+function checkedId(id: string): string {
+  const checked = idSchema.safeParse(id);
+  if (checked.success) return checked.data;
+  throw new LaminaError('invalid_request', `the id ${checked.error.issues[0]?.message ?? 'is none'}`);
+}
+
+function unknown(id: string): LaminaError {
+  return new LaminaError('unknown_request', `nothing is known of a request "${id}"`);
+}
+
+export function registerRequests(server: FastifyInstance, { gateway, access }: ApiParts): void {
+  interface WithId {
+    Params: { id: string };
+  }
+
+  server.get<WithId>('/v1/requests/:id', async ({ headers, params }) => {
+    access.identify(headers);
+    const id = checkedId(params.id);
+    const state = await gateway.stateOf(id);
+    if (state === 'unknown') throw unknown(id);
+    return { id, state };
+  });
+
+  server.get<WithId>('/v1/requests/:id/events', async (request, reply) => {
+    const client = access.admit(request.headers);
+    const id = checkedId(request.params.id);
+    const afterIndex = lastEventIndex(request);
+    const state = await gateway.stateOf(id);
+    if (state === 'unknown') throw unknown(id);
+    if (state === 'cut')
+      throw new LaminaError('unavailable', `nobody works on the rest of "${id}"; send the request again`);
+    const { sink, done } = streamAnswer(reply, { afterIndex, event: (message) => message, ending: () => ['[DONE]'] });
+    const relay = gateway.follow(id, sink, client);
+    reply.raw.once('close', () => gateway.hangUp(relay));
+    await done;
+    return reply;
+  });
+
+  server.delete<WithId>('/v1/requests/:id', async ({ headers, params }, reply) => {
+    access.identify(headers);
+    const id = checkedId(params.id);
+    // Also where nothing is known: a durable prompt may still be in its stream.
+    gateway.requestCancel(id);
+    const state = await gateway.stateOf(id);
+    if (state === 'unknown') throw unknown(id);
+    return reply.code(state === 'ended' ? 200 : 202).send({ id, state: state === 'ended' ? state : 'cancelling' });
+  });
+}

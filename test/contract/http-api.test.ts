@@ -1,0 +1,382 @@
+/** The OpenAI API of the gateway over a real nats-server; the test plays its clients, the kv-manager and the executor. */
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
+import { type KvStatus, SUBJECTS } from '@lamina/protocol';
+import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { startGateway } from '../../services/gateway/src/service.ts';
+import { answerWith, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
+import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
+
+let nats: NatsServer;
+let bus: Bus;
+let gateway: InProcessService;
+let queue: WorkQueue;
+let tokens: TokenStream;
+let kvStatus: KvStatus;
+let url: string;
+
+beforeAll(async () => {
+  nats = await startNatsServer();
+  bus = await connect(nats.url);
+  await playKvManager(bus, () => kvStatus);
+});
+afterAll(async () => {
+  await bus.close();
+  await nats.stop();
+});
+beforeEach(async () => {
+  kvStatus = READY;
+  await start();
+});
+afterEach(() => gateway.stop());
+
+async function start(flags: readonly string[] = []): Promise<void> {
+  gateway = await startInProcess('gateway', startGateway, nats.url, [...GATEWAY_FLAGS, ...flags]);
+  url = `http://127.0.0.1:${Object(gateway.running.stats?.()).httpPort}`;
+  queue = new WorkQueue(bus);
+  tokens = new TokenStream(bus, () => undefined);
+}
+
+async function restart(flags: readonly string[]): Promise<void> {
+  await gateway.stop();
+  await start(flags);
+}
+
+const lease = (): Promise<WorkLease> => eventually(() => queue.lease(1_000, () => undefined));
+
+function post(path: string, body: unknown, init: RequestInit = {}): Promise<Response> {
+  return fetch(`${url}${path}`, {
+    method: 'POST',
+    ...init,
+    headers: { 'content-type': 'application/json', ...init.headers },
+    body: typeof body === 'string' ? body : JSON.stringify(body),
+  });
+}
+
+interface ServerEvent {
+  readonly id: string | undefined;
+  readonly data: string;
+}
+
+async function* eventsOf(response: Response): AsyncGenerator<ServerEvent> {
+  expect(response.headers.get('content-type')).toContain('text/event-stream');
+  let text = '';
+  for await (const chunk of response.body!.pipeThrough(new TextDecoderStream())) {
+    text += chunk;
+    const parts = text.split('\n\n');
+    text = parts.pop() ?? '';
+    for (const part of parts) yield { id: /^id: (.*)$/m.exec(part)?.[1], data: /^data: (.*)$/m.exec(part)?.[1] ?? '' };
+  }
+}
+
+async function allEvents(response: Response): Promise<ServerEvent[]> {
+  const events: ServerEvent[] = [];
+  for await (const event of eventsOf(response)) events.push(event);
+  return events;
+}
+
+const ASK = { model: 'lamina-tiny', messages: [{ role: 'user', content: 'Hello' }] };
+const usage = { prompt_tokens: 4, completion_tokens: 2, total_tokens: 6 };
+
+async function answerWithUsage(work: WorkLease): Promise<void> {
+  const { id } = work.item;
+  const logprobs =
+    work.item.logprobs === null ? {} : { logprob: -0.5, top_logprobs: [{ token: 5, text: 't0', logprob: -0.5 }] };
+  await tokens.publish([{ ...token(id, 0), ...logprobs }], 'json');
+  await tokens.publish([{ ...token(id, 1, 'stop'), ...logprobs, usage }], 'json');
+  work.complete();
+}
+
+describe('a completion', () => {
+  test('of a chat is one object', async () => {
+    const asked = post('/v1/chat/completions', {
+      ...ASK,
+      max_completion_tokens: 9,
+      temperature: 0,
+      stop: null,
+      user: 'me',
+    });
+    const work = await lease();
+    expect(work.item).toMatchObject({ maxTokens: 9, sampling: { temperature: 0 } });
+    await answerWithUsage(work);
+    const response = await asked;
+    expect(response.headers.get('lamina-request-id')).toBe(work.item.id);
+    expect(await response.json()).toMatchObject({
+      id: work.item.id,
+      object: 'chat.completion',
+      model: 'lamina-tiny',
+      choices: [{ index: 0, message: { role: 'assistant', content: 't0t1' }, finish_reason: 'stop', logprobs: null }],
+      usage,
+    });
+  });
+
+  test('of a prompt has log-probabilities', async () => {
+    const asked = post('/v1/completions', { prompt: ['Once'], logprobs: 1, max_tokens: 2 });
+    const work = await lease();
+    expect(work.item).toMatchObject({ logprobs: 1, maxTokens: 2 });
+    await answerWithUsage(work);
+    expect(await (await asked).json()).toMatchObject({
+      object: 'text_completion',
+      choices: [
+        {
+          text: 't0t1',
+          finish_reason: 'stop',
+          logprobs: {
+            tokens: ['t0', 't1'],
+            token_logprobs: [-0.5, -0.5],
+            top_logprobs: [{ t0: -0.5 }, { t0: -0.5 }],
+            text_offset: [0, 2],
+          },
+        },
+      ],
+    });
+  });
+
+  test('as a stream is an event per token, whose id is its index', async () => {
+    const asked = post('/v1/chat/completions', { ...ASK, stream: true, stream_options: { include_usage: true } });
+    await answerWithUsage(await lease());
+    const events = await allEvents(await asked);
+    expect(events.map(({ id }) => id)).toEqual(['0', '1', undefined, undefined]);
+    expect(events.at(-1)?.data).toBe('[DONE]');
+    const chunks = events.slice(0, -1).map(({ data }) => JSON.parse(data));
+    expect(chunks.map(({ choices }) => choices[0])).toMatchObject([
+      { delta: { role: 'assistant', content: 't0' }, finish_reason: null },
+      { delta: { content: 't1' }, finish_reason: 'stop' },
+      undefined,
+    ]);
+    expect(chunks.at(-1)).toMatchObject({ object: 'chat.completion.chunk', choices: [], usage });
+  });
+
+  test('is the text of the official client: token ids and our own fields, too', async () => {
+    const asked = post('/v1/completions', { prompt: [1, 2, 3], top_k: 3, ignore_eos: true, priority: 2, top_p: 0 });
+    const work = await lease();
+    expect(work.item).toMatchObject({
+      tokenIds: [1, 2, 3],
+      ignoreEos: true,
+      priority: 2,
+      sampling: { topK: 3, topP: 1e-6 },
+    });
+    await answerWith(tokens, work, 1);
+    expect((await asked).status).toBe(200);
+  });
+});
+
+describe('a client that comes back', () => {
+  test('gets the rest at another gateway, after its own died', async () => {
+    const asked = post('/v1/chat/completions', { ...ASK, stream: true }, { headers: { 'Idempotency-Key': 'mine' } });
+    const work = await lease();
+    expect(work.item.id).toBe('mine');
+    await tokens.publish([token('mine', 0), token('mine', 1)], 'json');
+    const events = eventsOf(await asked);
+    await events.next();
+    const { value } = await events.next();
+    expect(value?.id).toBe('1');
+    await gateway.crash();
+    expect((await events.next()).value).toMatchObject({ id: undefined, data: expect.stringContaining('unavailable') });
+    await start();
+    const again = post(
+      '/v1/chat/completions',
+      { ...ASK, stream: true },
+      { headers: { 'Idempotency-Key': 'mine', 'Last-Event-ID': '1' } },
+    );
+    const following = fetch(`${url}/v1/requests/mine/events`, { headers: { 'Last-Event-ID': '0' } });
+    await tokens.publish([token('mine', 2)], 'json');
+    await tokens.publish([token('mine', 3, 'stop')], 'json');
+    work.complete();
+    expect((await allEvents(await again)).map(({ id }) => id)).toEqual(['2', '3', undefined]);
+    const raw = await allEvents(await following);
+    expect(raw.map(({ id }) => id)).toEqual(['1', '2', '3', undefined]);
+    expect(JSON.parse(raw[0]!.data)).toEqual(token('mine', 1));
+    const whole = await post('/v1/chat/completions', ASK, { headers: { 'Idempotency-Key': 'mine' } });
+    expect(await whole.json()).toMatchObject({ choices: [{ message: { content: 't0t1t2t3' } }] });
+  });
+
+  test('finds its request running although it had hung up, if it named it', async () => {
+    const cancels: string[] = [];
+    const listening = bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => cancels.push(subject));
+    const abort = new AbortController();
+    const asked = post(
+      '/v1/completions',
+      { prompt: 'Hi', stream: true },
+      { signal: abort.signal, headers: { 'Idempotency-Key': 'named' } },
+    );
+    const work = await lease();
+    abort.abort();
+    await expect(asked).rejects.toThrow();
+    const again = post('/v1/completions', { prompt: 'Hi' }, { headers: { 'Idempotency-Key': 'named' } });
+    await answerWith(tokens, work);
+    expect(await (await again).json()).toMatchObject({ choices: [{ text: 't0t1t2' }] });
+    expect(cancels).toEqual([]);
+    listening.unsubscribe();
+  });
+
+  test('to read a durable prompt gets its answer', async () => {
+    const { seq } = await bus.connection.jetstream().publish(SUBJECTS.prompts, Buffer.from('Hi'));
+    await answerWith(tokens, await lease(), 2);
+    const response = await fetch(`${url}/v1/requests/p${seq}/events`);
+    expect((await allEvents(response)).map(({ id }) => id)).toEqual(['0', '1', undefined]);
+    expect(await (await fetch(`${url}/v1/requests/p${seq}`)).json()).toEqual({ id: `p${seq}`, state: 'ended' });
+  });
+});
+
+describe('a request is cancelled', () => {
+  test('by a client that hangs up', async () => {
+    const abort = new AbortController();
+    const asked = post('/v1/completions', { prompt: 'Hi', stream: true }, { signal: abort.signal });
+    await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));
+    abort.abort();
+    await expect(asked).rejects.toThrow();
+    await eventually(async () => ((await messagesIn(bus, 'work')) === 0 ? true : undefined));
+    await eventually(() => (Object(gateway.running.stats?.()).openRequests === 0 ? true : undefined));
+  });
+
+  test('by DELETE', async () => {
+    const asked = post('/v1/completions', { prompt: 'Hi' }, { headers: { 'Idempotency-Key': 'deleted' } });
+    await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));
+    const cancelled = await fetch(`${url}/v1/requests/deleted`, { method: 'DELETE' });
+    expect([cancelled.status, await cancelled.json()]).toEqual([202, { id: 'deleted', state: 'cancelling' }]);
+    expect(await (await asked).json()).toMatchObject({ choices: [{ text: '', finish_reason: 'cancelled' }] });
+    const unknown = await fetch(`${url}/v1/requests/nobody`, { method: 'DELETE' });
+    expect([unknown.status, await unknown.json()]).toMatchObject([404, { error: { code: 'unknown_request' } }]);
+  });
+});
+
+describe('a mistake', () => {
+  test.for([
+    ['broken JSON', '/v1/completions', '{', 400, 'invalid_request', null],
+    ['an array', '/v1/completions', [], 400, 'invalid_request', null],
+    ['an unknown field', '/v1/completions', { prompt: 'a', x: 1 }, 400, 'invalid_request', null],
+    ['what is not supported', '/v1/completions', { prompt: 'a', n: 2 }, 400, 'invalid_request', 'n'],
+    ['no messages', '/v1/chat/completions', {}, 400, 'invalid_request', 'messages'],
+    ['a bad temperature', '/v1/completions', { prompt: 'a', temperature: -1 }, 400, 'invalid_request', 'temperature'],
+    ['another model', '/v1/completions', { prompt: 'a', model: 'gpt' }, 404, 'unknown_model', null],
+    ['too many tokens', '/v1/completions', { prompt: 'a', max_tokens: 5000 }, 400, 'context_length_exceeded', null],
+    ['another path', '/v1/embeddings', {}, 404, 'invalid_request', null],
+  ] as const)('such as %s has the shape of OpenAI', async ([, path, body, status, code, param]) => {
+    const response = await post(path, body);
+    const type = 'invalid_request_error';
+    expect([response.status, await response.json()]).toEqual([
+      status,
+      { error: { message: expect.any(String), type, param, code } },
+    ]);
+  });
+
+  test('also when a stream was asked for', async () => {
+    const response = await post('/v1/completions', { prompt: 'a', stream: true, max_tokens: 5000 });
+    expect([response.status, await response.json()]).toMatchObject([
+      400,
+      { error: { code: 'context_length_exceeded' } },
+    ]);
+  });
+
+  test('of the model in a stream that has begun is its last event', async () => {
+    const asked = post('/v1/completions', { prompt: 'a', stream: true });
+    const work = await lease();
+    const { id } = work.item;
+    await tokens.publish([token(id, 0)], 'json');
+    const error = { code: 'numeric_error' as const, message: 'NaN' };
+    await tokens.publish([{ ...token(id, 1, 'error'), token: null, text: '', error }], 'json');
+    work.complete();
+    const events = await allEvents(await asked);
+    expect(JSON.parse(events[1]!.data)).toMatchObject({ error: { code: 'numeric_error', type: 'server_error' } });
+  });
+
+  test('because nobody can answer says when to try again', async () => {
+    kvStatus = { ...READY, executors: [] };
+    const response = await post('/v1/completions', { prompt: 'a' });
+    expect([response.status, response.headers.get('retry-after')]).toEqual([503, '1']);
+  });
+
+  test('of size is refused before it is read', async () => {
+    await restart(['--http-body-bytes', '1k']);
+    const response = await post('/v1/completions', { prompt: 'a'.repeat(2_000) });
+    expect([response.status, await response.json()]).toMatchObject([413, { error: { code: 'invalid_request' } }]);
+  });
+});
+
+test('models are listed', async () => {
+  expect(await (await fetch(`${url}/v1/models`)).json()).toMatchObject({
+    object: 'list',
+    data: [{ id: 'lamina-tiny' }],
+  });
+  expect((await fetch(`${url}/v1/models/lamina-tiny`)).status).toBe(200);
+  expect((await fetch(`${url}/v1/models/owner/gpt`)).status).toBe(404);
+});
+
+describe('API keys', () => {
+  let directory: string;
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'lamina-keys-'));
+  });
+  afterEach(() => rmSync(directory, { recursive: true, force: true }));
+
+  function keysFile(text: string): string {
+    const path = join(directory, 'keys');
+    writeFileSync(path, text);
+    return path;
+  }
+
+  test('are asked for on every path of /v1, and say which client it is', async () => {
+    const path = keysFile('# ours\nalice:sk-0123456789abcdef\n\nbob: sk-fedcba9876543210\n');
+    await restart(['--api-keys-file', path, '--max-open-per-client', '1']);
+    for (const authorization of ['', 'Bearer sk-0123456789abcdeg', 'sk-0123456789abcdef']) {
+      for (const path of ['/v1/models', '/v1/requests/x', '/v1/requests/x/events']) {
+        const response = await fetch(`${url}${path}`, { headers: { authorization } });
+        expect([response.status, await response.json()]).toMatchObject([401, { error: { code: 'unauthorized' } }]);
+      }
+      expect((await post('/v1/completions', { prompt: 'a' }, { headers: { authorization } })).status).toBe(401);
+    }
+    const as = (key: string): Promise<Response> =>
+      post('/v1/completions', { prompt: 'a' }, { headers: { authorization: `Bearer ${key}` } });
+    const alice = as('sk-0123456789abcdef');
+    const work = await lease();
+    const second = await as('sk-0123456789abcdef');
+    expect([second.status, second.headers.get('retry-after')]).toEqual([429, '1']);
+    const bob = as('sk-fedcba9876543210');
+    await answerWith(tokens, await lease(), 1);
+    expect((await bob).status).toBe(200);
+    await answerWith(tokens, work, 1);
+    expect((await alice).status).toBe(200);
+  });
+
+  test.for(['', '# nothing\n', 'alice sk-0123456789abcdef', 'alice:short', 'a.b:sk-0123456789abcdef'])(
+    'in a file like "%s" end the start, and are not shown',
+    async (text) => {
+      const started = startInProcess('gateway', startGateway, nats.url, [
+        ...GATEWAY_FLAGS,
+        '--api-keys-file',
+        keysFile(text),
+      ]);
+      await expect(started).rejects.toMatchObject({
+        code: 'config_invalid',
+        message: expect.not.stringContaining('0123456789abcdef'),
+      });
+    },
+  );
+});
+
+test('a client that asks too often is told when to come again; another is not', async () => {
+  await restart(['--requests-per-minute', '2']);
+  kvStatus = { ...READY, executors: [] };
+  const as = (client: string): Promise<Response> =>
+    post('/v1/completions', { prompt: 'a' }, { headers: { 'Lamina-Client': client } });
+  expect([(await as('a')).status, (await as('a')).status]).toEqual([503, 503]);
+  const refused = await as('a');
+  const { error } = Object(await refused.json());
+  expect([refused.status, error.code, error.type]).toEqual([429, 'overloaded', 'rate_limit_error']);
+  expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(20);
+  expect((await as('b')).status).toBe(503);
+});
+
+test('pages of other origins may not call it unless that was configured', async () => {
+  const headers = { origin: 'https://page.example' };
+  expect((await fetch(`${url}/v1/models`, { headers })).headers.get('access-control-allow-origin')).toBeNull();
+  await restart(['--http-cors-origin', 'https://page.example']);
+  const preflight = await fetch(`${url}/v1/completions`, { method: 'OPTIONS', headers });
+  expect([preflight.status, preflight.headers.get('access-control-allow-origin')]).toEqual([204, headers.origin]);
+  const other = await fetch(`${url}/v1/models`, { headers: { origin: 'https://other.example' } });
+  expect(other.headers.get('access-control-allow-origin')).toBeNull();
+});
