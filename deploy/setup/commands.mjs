@@ -1,4 +1,4 @@
-/** Owns the four commands of bootstrap.mjs: which set-up each needs, and what it runs then. */
+/** Owns the commands of bootstrap.mjs: which set-up each needs, and what it runs then. */
 import { findNatsServer } from './nats-server.mjs';
 import { buildNativeKernel, buildTypeScript, installPackages } from './node-packages.mjs';
 import { runInForeground, SetupError, say } from './run.mjs';
@@ -38,6 +38,16 @@ async function runTests(args) {
   return runInForeground([BIN.vitest, 'run', ...args], environment);
 }
 
+/** @param {readonly string[]} args of `npm run chaos` */
+async function runChaos(args) {
+  const { readChaosArguments } = await import('../../test/chaos/run.mjs');
+  const { environment, vitestArgs } = readChaosArguments(args);
+  return runInForeground([BIN.vitest, 'run', ...vitestArgs], {
+    ...(await prepare({ needsNatsServer: true })),
+    ...environment,
+  });
+}
+
 async function runChecks() {
   await installPackages();
   const checks = [
@@ -68,10 +78,12 @@ export async function runCommand(command, args) {
         return await runCli(command, args);
       case 'test':
         return await runTests(args);
+      case 'chaos':
+        return await runChaos(args);
       case 'check':
         return await runChecks();
       default:
-        say('usage: node deploy/bootstrap.mjs demo|start|test|check [args...]');
+        say('usage: node deploy/bootstrap.mjs demo|start|test|chaos|check [args...]');
         return 2;
     }
   } catch (error) {

@@ -212,7 +212,9 @@ describe('a durable prompt waits', () => {
     await start();
     await publish({ id: 'large', token_ids: [1], max_tokens: 600 });
     await publish({ id: 'small', token_ids: [1], max_tokens: 6 });
-    expect((await lease()).item.id).toBe('small');
+    const small = await lease();
+    expect(small.item.id).toBe('small');
+    small.complete();
     kvStatus = { ...READY, shards: [{ ...READY.shards[0]!, numBlocks: 64 }] };
     expect((await eventually(() => queue.lease(LEASE_MS, () => undefined), 10_000)).item.id).toBe('large');
     await promptsDone();
