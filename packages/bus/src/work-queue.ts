@@ -34,6 +34,7 @@ export interface WorkLease {
 }
 
 const SUBMIT_TIMEOUT_MS = 5_000;
+const FULL_RETRY_MS = 1_000;
 const STREAM_FULL_ERROR_CODE = 10077;
 const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
 
@@ -72,7 +73,10 @@ export class WorkQueue {
       const errorCode = cause instanceof NatsError ? cause.api_error?.err_code : undefined;
       if (errorCode === WRONG_LAST_SEQUENCE_ERROR_CODE) throw duplicateId(item.id, cause);
       if (errorCode === STREAM_FULL_ERROR_CODE) {
-        throw new LaminaError('overloaded', 'the work queue is full; retry later', { cause });
+        throw new LaminaError('overloaded', 'the work queue is full; retry later', {
+          cause,
+          retryAfterMs: FULL_RETRY_MS,
+        });
       }
       if (cause instanceof NatsError && cause.code === ErrorCode.MaxPayloadExceeded)
         throw tooLarge('the tokenized prompt', this.#bus, cause);
@@ -95,7 +99,10 @@ export class WorkQueue {
   async waiting(): Promise<number> {
     try {
       const manager = await this.#bus.connection.jetstreamManager();
-      return (await manager.consumers.info(STREAMS.work.name, STREAMS.work.durableConsumer)).num_pending;
+      const { num_pending } = await manager.consumers.info(STREAMS.work.name, STREAMS.work.durableConsumer);
+      if (num_pending === 0) return 0;
+      // Old servers were seen to count consumers' pending messages wrongly after deletions; the stream's count is exact.
+      return Math.min(num_pending, (await manager.streams.info(STREAMS.work.name)).state.messages);
     } catch (cause) {
       throw new LaminaError('unavailable', 'the work queue cannot be read; is JetStream up?', { cause });
     }

@@ -154,6 +154,14 @@ export const SETTINGS = {
     usedBy: ['gateway'],
     meaning: 'Prompts that one gateway relays at a time; more are refused as overloaded.',
   }),
+  maxWaitingWork: setting({
+    env: 'LAMINA_MAX_WAITING_WORK',
+    fallback: '64',
+    schema: integer(1, 10_000),
+    usedBy: ['gateway'],
+    meaning:
+      'Work items that wait for an executor at a time; further requests wait at their gateway, in an order that is fair between clients.',
+  }),
   maxOpenPerClient: setting({
     env: 'LAMINA_MAX_OPEN_PER_CLIENT',
     fallback: '1024',

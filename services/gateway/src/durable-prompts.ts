@@ -21,6 +21,7 @@ import {
 } from '@lamina/protocol';
 import type { Counter, Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { deadlineExceeded } from './relay.ts';
@@ -30,7 +31,7 @@ export interface DurablePromptsParts extends PreparationParts {
   readonly prompts: Pick<PromptQueue, 'take'>;
   readonly tokens: Pick<TokenStream, 'publish' | 'endOf' | 'forget'>;
   /** Puts an item into the work queue, when there is a place for it. */
-  readonly submit: (item: WorkItem) => Promise<unknown>;
+  readonly submit: (item: WorkItem, client: string) => Promise<unknown>;
   readonly locate: (requestId: string) => Promise<RequestState>;
   readonly cluster: Pick<ClusterView, 'recent'>;
   /** Label `outcome`: submitted, known, cancelled, or an error code. */
@@ -130,6 +131,7 @@ export class DurablePrompts {
       const parsed = parseGenerateBody(prompt.data);
       encoding = parsed.encoding;
       id = idOf(parsed, prompt);
+      const client = clientIdOf(prompt.header(CLIENT_HEADER));
       const state = await this.#stateOf(id, prompt);
       if (state.kind === 'working' || state.kind === 'ended') return 'known';
       if (this.#cancelledIds.delete(id)) {
@@ -147,7 +149,7 @@ export class DurablePrompts {
         receivedAtMs: prompt.storedAtMs,
         isContinued,
       });
-      await submit(item);
+      await submit(item, client);
       return 'submitted';
     } catch (cause) {
       const error = asLaminaError(cause);

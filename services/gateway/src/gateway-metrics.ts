@@ -16,14 +16,27 @@ export interface GatewayMetrics {
   readonly interTokenSeconds: Histogram;
 }
 
-export function createGatewayMetrics(registry: Registry, openRequests: () => number): GatewayMetrics {
+export interface GatewayCounts {
+  readonly open: () => number;
+  readonly waiting: () => number;
+}
+
+export function createGatewayMetrics(registry: Registry, counts: GatewayCounts): GatewayMetrics {
   const registers = [registry];
   new Gauge({
     name: 'lamina_gateway_open_requests',
     help: 'Requests that are being answered',
     registers,
     collect() {
-      this.set(openRequests());
+      this.set(counts.open());
+    },
+  });
+  new Gauge({
+    name: 'lamina_gateway_waiting_requests',
+    help: 'Requests and durable prompts that wait here for room in the work queue',
+    registers,
+    collect() {
+      this.set(counts.waiting());
     },
   });
   return {

@@ -25,9 +25,11 @@ import type { GatewayMetrics } from './gateway-metrics.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 import type { RequestState } from './request-state.ts';
+import type { Turn, WaitingRoom } from './waiting-room.ts';
 
 export interface GatewayParts extends PreparationParts {
   readonly links: RelayLinks;
+  readonly room: Pick<WaitingRoom, 'enter' | 'retryAfterMs'>;
   /** Publishes one reply; `headers` is empty for all but the last. */
   readonly reply: (subject: string, data: Uint8Array, headers: Readonly<Record<string, string>>) => void;
   readonly maxOpenRequests: number;
@@ -36,7 +38,6 @@ export interface GatewayParts extends PreparationParts {
 }
 
 const ID_BYTES = 15;
-const OVERLOADED_RETRY_MS = 1_000;
 const NOBODY: AnswerSink = { send: () => undefined };
 const NO_HEADERS = {};
 const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
@@ -47,6 +48,8 @@ export class Gateway {
   /** With their clients. */
   readonly #open = new Map<Relay, string>();
   readonly #numOfClient = new Map<string, number>();
+  /** Of those that wait for a place in the work queue. */
+  readonly #turns = new Map<Relay, Turn>();
   /** Those whose clients chose the id. */
   readonly #named = new WeakSet<Relay>();
   readonly #strays = new Set<NodeJS.Timeout>();
@@ -93,7 +96,7 @@ export class Gateway {
     const relay = this.#createRelay(request.id ?? createId(), encoding, sink);
     if (request.id !== undefined) this.#named.add(relay);
     if (this.#enter(relay, client))
-      this.#start(relay, request, encoding).catch((cause: unknown) => this.#fail(relay, cause));
+      this.#start(relay, request, encoding, client).catch((cause: unknown) => this.#fail(relay, cause));
     return relay;
   }
 
@@ -124,9 +127,9 @@ export class Gateway {
     const { maxOpenRequests, maxOpenPerClient } = this.#parts;
     const numOfClient = this.#numOfClient.get(client) ?? 0;
     if (this.#open.size >= maxOpenRequests)
-      this.#fail(relay, overloaded(`this gateway answers ${maxOpenRequests} requests already`));
+      this.#fail(relay, this.#overloaded(`this gateway answers ${maxOpenRequests} requests already`));
     else if (numOfClient >= maxOpenPerClient)
-      this.#fail(relay, overloaded(`the client "${client}" has ${maxOpenPerClient} requests open already`));
+      this.#fail(relay, this.#overloaded(`the client "${client}" has ${maxOpenPerClient} requests open already`));
     else {
       this.#open.set(relay, client);
       this.#numOfClient.set(client, numOfClient + 1);
@@ -135,10 +138,17 @@ export class Gateway {
     return false;
   }
 
+  #overloaded(reason: string): LaminaError {
+    const { retryAfterMs } = this.#parts.room;
+    return new LaminaError('overloaded', `${reason}; retry later`, { retryAfterMs });
+  }
+
   #leave(relay: Relay): void {
     const client = this.#open.get(relay);
     if (client === undefined) return;
     this.#open.delete(relay);
+    this.#turns.get(relay)?.withdraw();
+    this.#turns.delete(relay);
     const rest = (this.#numOfClient.get(client) ?? 1) - 1;
     if (rest === 0) this.#numOfClient.delete(client);
     else this.#numOfClient.set(client, rest);
@@ -204,7 +214,12 @@ export class Gateway {
     }
   }
 
-  async #start(relay: Relay, request: GenerateRequest, encoding: ParsedGenerateBody['encoding']): Promise<void> {
+  async #start(
+    relay: Relay,
+    request: GenerateRequest,
+    encoding: ParsedGenerateBody['encoding'],
+    client: string,
+  ): Promise<void> {
     const receivedAtMs = Date.now();
     const state = request.id === undefined ? { kind: 'unknown' as const } : await this.#parts.links.locate(request.id);
     if (state.kind === 'working') return relay.attach(state.sequence);
@@ -215,7 +230,17 @@ export class Gateway {
     const origin = { id: relay.id, encoding, receivedAtMs, isContinued, signal: closing.signal };
     const item = await prepare(this.#parts, request, origin);
     relay.admitted(item);
-    await relay.submit(item);
+    if (relay.isClosed) return;
+    const turn = this.#parts.room.enter(item, client);
+    this.#turns.set(relay, turn);
+    const place = await turn.place;
+    this.#turns.delete(relay);
+    if (place === undefined) return;
+    try {
+      await relay.submit(item);
+    } finally {
+      place.release();
+    }
   }
 
   #createRelay(id: string, encoding: ParsedGenerateBody['encoding'], sink: AnswerSink): Relay {
@@ -245,10 +270,6 @@ export class Gateway {
     if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: relay.id }, 'request failed');
     relay.fail(error);
   }
-}
-
-function overloaded(reason: string): LaminaError {
-  return new LaminaError('overloaded', `${reason}; retry later`, { retryAfterMs: OVERLOADED_RETRY_MS });
 }
 
 /** Safe as a subject token. */

@@ -28,6 +28,7 @@ import type { PreparationParts } from './preparation.ts';
 import { createPromptEncoder } from './prompt-encoder.ts';
 import { PromptTokenizer } from './prompt-tokenizer.ts';
 import { locate } from './request-state.ts';
+import { WaitingRoom } from './waiting-room.ts';
 
 /** The kv-manager answers at once or not at all. */
 const STATUS_TIMEOUT_MS = 1_000;
@@ -73,9 +74,11 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const preparation: PreparationParts = { model, promptTokenizer, cluster };
   const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
   const queue = new WorkQueue(bus);
+  const room = new WaitingRoom(() => queue.waiting(), config.maxWaitingWork);
   const gateway = new Gateway(
     {
       ...preparation,
+      room,
       links: {
         tokens,
         queue,
@@ -93,13 +96,16 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     },
     () => metrics,
   );
-  const metrics: GatewayMetrics = createGatewayMetrics(registry, () => gateway.openRequests);
+  const metrics: GatewayMetrics = createGatewayMetrics(registry, {
+    open: () => gateway.openRequests,
+    waiting: () => room.size,
+  });
 
   const prompts = new DurablePrompts({
     ...preparation,
     prompts: new PromptQueue(bus),
     tokens,
-    submit: (item) => queue.submit(item),
+    submit: (item, client) => room.through(item, client, (admitted) => queue.submit(admitted)),
     locate: (requestId) => locate({ tokens, queue }, requestId),
     counter: () => metrics.prompts,
     log,
