@@ -145,6 +145,8 @@ describe('more blocks', () => {
 
   test('refused because another executor has the request end it without a word', async () => {
     await untilExtend();
+    // What was sampled before is written.
+    await settle();
     const numMessages = bench.messages.length;
     kv.next().refuse('duplicate_id');
     await settle();
