@@ -1,6 +1,6 @@
 /** Owns the commands of bootstrap.mjs: which set-up each needs, and what it runs then. */
 import { findNatsServer } from './nats-server.mjs';
-import { buildNativeKernel, buildTypeScript, installPackages } from './node-packages.mjs';
+import { buildNativeKernel, buildTypeScript, installBenchmarkPeers, installPackages } from './node-packages.mjs';
 import { runInForeground, SetupError, say } from './run.mjs';
 
 const BIN = {
@@ -48,6 +48,16 @@ async function runChaos(args) {
   });
 }
 
+/**
+ * The benchmark's peers are packages of its own, installed when they are first needed.
+ * @param {readonly string[]} args
+ */
+async function runBench(args) {
+  const environment = await prepare({ needsNatsServer: true });
+  if (!['regress', 'report'].includes(args[0] ?? '')) await installBenchmarkPeers();
+  return runInForeground(['bench/dist/main.js', ...args], environment);
+}
+
 async function runChecks() {
   await installPackages();
   const checks = [
@@ -78,12 +88,14 @@ export async function runCommand(command, args) {
         return await runCli(command, args);
       case 'test':
         return await runTests(args);
+      case 'bench':
+        return await runBench(args);
       case 'chaos':
         return await runChaos(args);
       case 'check':
         return await runChecks();
       default:
-        say('usage: node deploy/bootstrap.mjs demo|start|test|chaos|check [args...]');
+        say('usage: node deploy/bootstrap.mjs demo|start|test|bench|chaos|check [args...]');
         return 2;
     }
   } catch (error) {

@@ -29,9 +29,9 @@ function npmCommand() {
 }
 
 /** @param {readonly string[]} args */
-function npm(args) {
+function npm(args, folder = REPO_ROOT) {
   const { command, first, shell } = npmCommand();
-  return runQuietly(command, [...first, ...args, ...INSTALL_FLAGS], { shell });
+  return runQuietly(command, [...first, ...args, ...INSTALL_FLAGS], { shell, cwd: folder });
 }
 
 export async function installPackages() {
@@ -51,6 +51,16 @@ export async function installPackages() {
     output += result.output;
   }
   throw new SetupError(`${output}\nThe npm packages could not be installed (npm's output is above).`);
+}
+
+/** Packages that only the benchmark runs, in its own folder: they are large. */
+export async function installBenchmarkPeers() {
+  const installedMs = modifiedMs('bench/node_modules/.package-lock.json');
+  if (installedMs > 0 && installedMs >= modifiedMs('bench/package-lock.json')) return;
+  say("installing the benchmark's peers (about a minute)");
+  const result = await npm(['ci'], join(REPO_ROOT, 'bench'));
+  if (!result.ok) throw new SetupError(`${result.output}\nThe peers could not be installed (npm's output is above).`);
+  stamp('bench/node_modules/.package-lock.json');
 }
 
 /** Makes a file's time now, without changing it. @param {string} path */

@@ -1,0 +1,65 @@
+/**
+ * Owns reading CPU profiles of a dense-executor: time by cause.
+ *
+ * Invariants
+ * 1. What has no file of its own (built-in functions, garbage collection) counts to whoever called it; native code that
+ *    was called from nowhere is `native`.
+ * 2. Waiting is no CPU time and is not counted.
+ */
+import type { Profiler } from 'node:inspector';
+
+export const CAUSES = ['machine', 'codec', 'nats', 'schedule', 'dense', 'sample', 'answer', 'other', 'native'] as const;
+export type Cause = (typeof CAUSES)[number];
+
+/** First match wins. Sockets are used by the NATS client only. */
+const BY_URL: readonly (readonly [RegExp, Cause])[] = [
+  [/xstate|\/request\/(machine|request|layer-cycle)/, 'machine'],
+  [/onnxruntime|dense-session/, 'dense'],
+  [/sampler/, 'sample'],
+  [/msgpackr|packages\/protocol|packages\/tensor|tensor-exchange/, 'codec'],
+  [/node_modules\/(nats|nkeys|tweetnacl)|packages\/bus|node:(net|stream|internal\/(stream|net))|node:internal\/streams/, 'nats'],
+  [/packages\/model|\/request\//, 'answer'],
+  [/services\/dense-executor|node:internal\/(worker|per_context)/, 'schedule'],
+];
+
+function ownCauseOf(url: string): Cause | undefined {
+  if (url === '') return undefined;
+  return BY_URL.find(([pattern]) => pattern.test(url))?.[1] ?? 'other';
+}
+
+/** Milliseconds of CPU by cause. */
+export function causesOf(profile: Profiler.Profile): Record<Cause, number> {
+  const parents = new Map<number, number>();
+  const nodes = new Map(profile.nodes.map((node) => [node.id, node]));
+  for (const node of profile.nodes) for (const child of node.children ?? []) parents.set(child, node.id);
+  const causes = new Map<number, Cause | 'idle'>();
+  const causeOf = (id: number): Cause | 'idle' => {
+    const known = causes.get(id);
+    if (known !== undefined) return known;
+    const { functionName = '', url = '' } = nodes.get(id)?.callFrame ?? {};
+    const parent = parents.get(id);
+    const cause =
+      functionName === '(idle)'
+        ? 'idle'
+        : (ownCauseOf(url) ?? (parent === undefined || functionName === '(program)' ? 'native' : causeOf(parent)));
+    causes.set(id, cause);
+    return cause;
+  };
+  const result: Record<Cause, number> = {
+    machine: 0,
+    codec: 0,
+    nats: 0,
+    schedule: 0,
+    dense: 0,
+    sample: 0,
+    answer: 0,
+    other: 0,
+    native: 0,
+  };
+  const { samples = [], timeDeltas = [] } = profile;
+  samples.forEach((id, i) => {
+    const cause = causeOf(id);
+    if (cause !== 'idle') result[cause] += Math.max(0, timeDeltas[i + 1] ?? 0) / 1000;
+  });
+  return result;
+}
