@@ -11,9 +11,9 @@ import { Bus } from '@lamina/bus';
 import {
   attendBytes,
   BLOCK_FIELDS,
+  ENDPOINTS,
   emptyFrameHeader,
   encodeStepPlan,
-  ENDPOINTS,
   errorBodySchema,
   FRAME_HEADER_BYTES,
   FRAME_KIND,
@@ -68,6 +68,7 @@ export class AttentionDriver {
   readonly #header = emptyFrameHeader();
   #numSteps = 0;
   #isRunning = false;
+  /** A token through one of n layers is an n-th. */
   #tokensDone = 0;
   #failure: Error | undefined;
   #onFilled: (() => void) | undefined;
@@ -203,7 +204,15 @@ export class AttentionDriver {
         originId: ORIGIN_ID,
       };
       const encoded = encodeStepPlan(plan);
-      return { shardId, shardIndex, message, plan: encoded, header, assembler: new FrameAssembler(), hasAnswered: false };
+      return {
+        shardId,
+        shardIndex,
+        message,
+        plan: encoded,
+        header,
+        assembler: new FrameAssembler(),
+        hasAnswered: false,
+      };
     });
     this.#waves.set(wave.index, wave);
     this.#startStep(wave);
@@ -250,7 +259,8 @@ export class AttentionDriver {
     }
     const wave = this.#waves.get(header.waveIndex);
     const link = wave?.links[header.shardIndex];
-    if (wave === undefined || link === undefined || header.stepId !== wave.stepId || header.layer !== wave.layer) return;
+    if (wave === undefined || link === undefined || header.stepId !== wave.stepId || header.layer !== wave.layer)
+      return;
     if (link.assembler.push(data, header) === undefined) return;
     link.hasAnswered = true;
     if (wave.links.every(({ hasAnswered }) => hasAnswered)) this.#advance(wave);
@@ -258,6 +268,7 @@ export class AttentionDriver {
 
   #advance(wave: Wave): void {
     wave.layer++;
+    this.#tokensDone += wave.numRows / this.#layout.numLayers;
     if (wave.layer < this.#layout.numLayers) {
       this.#sendLayer(wave);
       return;
@@ -267,7 +278,6 @@ export class AttentionDriver {
       this.#onFilled?.();
       return;
     }
-    this.#tokensDone += wave.numRows;
     if (this.#isRunning) this.#startStep(wave);
     else this.#waves.delete(wave.index);
   }

@@ -17,7 +17,10 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
   [/onnxruntime|dense-session/, 'dense'],
   [/sampler/, 'sample'],
   [/msgpackr|packages\/protocol|packages\/tensor|tensor-exchange/, 'codec'],
-  [/node_modules\/(nats|nkeys|tweetnacl)|packages\/bus|node:(net|stream|internal\/(stream|net))|node:internal\/streams/, 'nats'],
+  [
+    /node_modules\/(nats|nkeys|tweetnacl)|packages\/bus|node:(net|stream|internal\/(stream|net))|node:internal\/streams/,
+    'nats',
+  ],
   [/packages\/model|\/request\//, 'answer'],
   [/services\/dense-executor|node:internal\/(worker|per_context)/, 'schedule'],
 ];

@@ -37,7 +37,11 @@ function stepBounds({ ms }: StepCosts): Bound[] {
   return [
     { name: 'dense stages, share of a decode step', value: share(ms.dense), atLeast: 0.3 },
     { name: 'codec, share of a decode step', value: share(ms.codec), atMost: 0.1 },
-    { name: 'state machines and scheduling, share of a decode step', value: share(ms.machine + ms.schedule), atMost: 0.1 },
+    {
+      name: 'state machines and scheduling, share of a decode step',
+      value: share(ms.machine + ms.schedule),
+      atMost: 0.1,
+    },
   ];
 }
 
@@ -53,7 +57,9 @@ async function clusterBounds(say: (line: string) => void): Promise<Bound[]> {
     const rate = await ours.window({ ...window, minSteps: 24, maxSeconds: 5 });
     ours.resume();
     const costs = stepCosts(before, await readMetrics(cluster.httpUrl));
-    say(`  8 x 128: ${rate.toFixed(1)} tok/s, dense ${costs.ms.dense.toFixed(1)} of ${costs.ms.total.toFixed(1)} ms a step`);
+    say(
+      `  8 x 128: ${rate.toFixed(1)} tok/s, dense ${costs.ms.dense.toFixed(1)} of ${costs.ms.total.toFixed(1)} ms a step`,
+    );
     await ours.close();
     const processes = (['gateway', 'dense-executor', 'attention-shard', 'kv-manager', 'nats-server'] as const).flatMap(
       (kind) => cluster.processes(kind),

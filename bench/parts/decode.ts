@@ -2,7 +2,7 @@
 import { compareDecode, tokensNeeded } from '../alternate.ts';
 import type { Context } from '../context.ts';
 import { LaminaPeer } from '../peers/lamina.ts';
-import { RemotePeer, type PeerName } from '../peers/remote.ts';
+import { type PeerName, RemotePeer } from '../peers/remote.ts';
 import { measuredTogether, type Row, type RowName } from '../rows.ts';
 
 interface Case {
@@ -38,7 +38,9 @@ export async function decode(context: Context): Promise<Row[]> {
   const rows: Row[] = [];
   try {
     for (const { model, numRequests, contextTokens, peers: wanted } of context.isQuick ? QUICK_CASES : CASES) {
-      const kinds = (['llama-cpp', 'ort-loop', 'transformers-js'] as const).filter((kind) => wanted[kind] !== undefined);
+      const kinds = (['llama-cpp', 'ort-loop', 'transformers-js'] as const).filter(
+        (kind) => wanted[kind] !== undefined,
+      );
       const contestants = kinds.map((kind) => {
         const peer = peers.get(kind) ?? new RemotePeer(kind);
         peers.set(kind, peer);

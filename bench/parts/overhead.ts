@@ -5,7 +5,8 @@
  * Invariants
  * 1. A share is of all CPU time of the executor process in the same seconds, ONNX Runtime's threads included. The profiler
  *    runs meanwhile, for both sides of it.
- * 2. In a thread that waits for messages there is no sample; in one that is inside ONNX Runtime there is.
+ * 2. The profiler samples by the clock, so a thread that another process has put off the core is counted as if it ran:
+ *    where the samples are more than the CPU time, they are scaled down to it.
  */
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import type { Profiler } from 'node:inspector';
@@ -59,7 +60,10 @@ async function measureRound(ours: LaminaPeer, directory: string, number: number,
   executor?.kill('SIGUSR2');
   const causes = (await readProfiles(directory, number)).map(causesOf);
   const { numSteps, ms } = stepCosts(metricsBefore, metricsAfter);
-  const sum = (cause: Cause): number => causes.reduce((total, each) => total + each[cause], 0) / numSteps;
+  const totalCpuMs = (1000 * (cpuAfter - cpuBefore)) / numSteps;
+  const sampled = (cause: Cause): number => causes.reduce((total, each) => total + each[cause], 0) / numSteps;
+  const sampledMs = CAUSES.reduce((total, cause) => total + sampled(cause), 0);
+  const sum = (cause: Cause): number => sampled(cause) * Math.min(1, totalCpuMs / sampledMs);
   return {
     cpuMs: {
       machine: sum('machine'),
@@ -72,7 +76,7 @@ async function measureRound(ours: LaminaPeer, directory: string, number: number,
       other: sum('other'),
       native: sum('native'),
     },
-    totalCpuMs: (1000 * (cpuAfter - cpuBefore)) / numSteps,
+    totalCpuMs,
     stepMs: ms,
   };
 }

@@ -1,8 +1,8 @@
 /** Owns the rows of prefill: prompt tokens per second, from the first prompt given to the last first token. */
 import type { Context } from '../context.ts';
 import { LaminaPeer } from '../peers/lamina.ts';
-import { RemotePeer } from '../peers/remote.ts';
 import type { Contestant, Workload } from '../peers/peer.ts';
+import { RemotePeer } from '../peers/remote.ts';
 import { measured, type Row } from '../rows.ts';
 import type { Pair } from '../statistics.ts';
 
@@ -21,7 +21,9 @@ export async function prefill(context: Context): Promise<Row[]> {
   const ours = new LaminaPeer();
   const peer = new RemotePeer('llama-cpp');
   const rows: Row[] = [];
-  const cases = context.isQuick ? [{ numRequests: 1, contextTokens: 512 }] : [1, 8].map((numRequests) => ({ numRequests, contextTokens: 1024 }));
+  const cases = context.isQuick
+    ? [{ numRequests: 1, contextTokens: 512 }]
+    : [1, 8].map((numRequests) => ({ numRequests, contextTokens: 1024 }));
   try {
     for (const { numRequests, contextTokens } of cases) {
       const name = {

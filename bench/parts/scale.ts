@@ -22,7 +22,7 @@ const QUOTA_CPUS = '0.15';
 const CONTEXT_TOKENS = 8192;
 const BLOCK_SIZE_TOKENS = 32;
 const NUM_REQUESTS = 8;
-/** numbers of shards, and what they must reach of linear. */
+/** Numbers of shards, and what they must reach of linear. */
 const CASES = [
   { numShards: 2, mustReach: null },
   { numShards: 4, mustReach: 0.85 },
@@ -99,7 +99,7 @@ export async function scale(context: Context): Promise<Row[]> {
       for (const [i, shardId] of shardIds.entries()) {
         // The most that this shard holds of any case: cases use the first shards.
         const fewest = [1, ...CASES.map(({ numShards }) => numShards)].find((numShards) => numShards > i)!;
-        await driver.fill(shardId, Math.ceil(numBlocks / fewest) + NUM_REQUESTS);
+        await driver.fill(shardId, Math.min(numBlocks, Math.ceil(numBlocks / fewest) + NUM_REQUESTS));
       }
       await docker('update', '--cpus', QUOTA_CPUS, ...containers);
       const seconds = context.isQuick ? 4 : 10;

@@ -93,7 +93,8 @@ async function fastest(run: () => Promise<InferenceSession.ReturnType>): Promise
     const startedMs = performance.now();
     const { out } = await run();
     const seconds = (performance.now() - startedMs) / 1000;
-    if (!(out?.data instanceof Float32Array) || !out.data.every(Number.isFinite)) throw new Error('no attention came out');
+    if (!(out?.data instanceof Float32Array) || !out.data.every(Number.isFinite))
+      throw new Error('no attention came out');
     if (round > 0) best = Math.min(best, seconds);
   }
   return best;

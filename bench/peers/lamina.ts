@@ -8,11 +8,11 @@
  * 2. Timeouts that a stop would trip are raised; nothing else differs from what `npm start` starts.
  */
 import { randomUUID } from 'node:crypto';
-import { startCluster, natsServerOf, type Cluster, type ServiceSettings } from '@lamina/cli';
+import { type Cluster, natsServerOf, type ServiceSettings, startCluster } from '@lamina/cli';
 import { decodeTokens, ENDPOINTS, SUBJECTS } from '@lamina/protocol';
 import { processEnvironment } from '@lamina/runtime';
-import { builtCacheOf, checkpointOf, shapeOf } from '../models.ts';
 import { readMetrics } from '../metrics.ts';
+import { builtCacheOf, checkpointOf, shapeOf } from '../models.ts';
 import { type Contestant, type Opened, promptOf, WARM_UP_STEPS, type WindowLimits, type Workload } from './peer.ts';
 
 export interface LaminaOptions {
@@ -103,13 +103,15 @@ export class LaminaPeer implements Contestant {
     const { vocabSize } = this.#options.modelDir === undefined ? shapeOf(model).shape : { vocabSize: 0 };
     const before = await readMetrics(cluster.httpUrl);
     const prompts =
-      this.#options.prompts ??
-      Array.from({ length: numRequests }, (_, i) => promptOf(i, contextTokens, vocabSize));
+      this.#options.prompts ?? Array.from({ length: numRequests }, (_, i) => promptOf(i, contextTokens, vocabSize));
     const startedMs = performance.now();
     this.#live = prompts.map((prompt) => this.submit(prompt, maxNewTokens));
     await this.#until(() => this.#live.every(({ timesMs }) => timesMs.length > 0));
     const seconds = (Math.max(...this.#live.map(({ timesMs }) => timesMs[0]!)) - startedMs) / 1000;
-    const held = await this.#checkHeld(prompts.reduce((sum, prompt) => sum + prompt.length, 0), before);
+    const held = await this.#checkHeld(
+      prompts.reduce((sum, prompt) => sum + prompt.length, 0),
+      before,
+    );
     this.pause();
     return { promptTokensPerSecond: (numRequests * contextTokens) / seconds, held };
   }
@@ -210,7 +212,8 @@ export class LaminaPeer implements Contestant {
   }
 
   #signal(signal: 'SIGSTOP' | 'SIGCONT'): void {
-    for (const kind of PAUSED) for (const child of this.cluster.processes(kind)) if (child.isRunning) child.kill(signal);
+    for (const kind of PAUSED)
+      for (const child of this.cluster.processes(kind)) if (child.isRunning) child.kill(signal);
   }
 
   #fail(error: Error): void {
@@ -225,7 +228,10 @@ export class LaminaPeer implements Contestant {
         this.#onProgress = undefined;
         settle();
       };
-      const timer = setTimeout(() => end(() => reject(new Error(`lamina: nothing more came in ${STALL_MS / 1000} s`))), STALL_MS);
+      const timer = setTimeout(
+        () => end(() => reject(new Error(`lamina: nothing more came in ${STALL_MS / 1000} s`))),
+        STALL_MS,
+      );
       this.#onProgress = () => {
         const failure = this.#failure;
         if (failure !== undefined) end(() => reject(failure));
