@@ -35,7 +35,7 @@ export interface Measurement {
   readonly checks?: readonly string[];
 }
 
-export function rowOf(name: RowName, { runs, checks = [] }: Measurement): Row {
+function rowOf(name: RowName, { runs, checks = [] }: Measurement): Row {
   const ratios = runs.map(({ ours, peer }) => ours / peer);
   return {
     bound: 'at least',
@@ -50,7 +50,7 @@ export function rowOf(name: RowName, { runs, checks = [] }: Measurement): Row {
   };
 }
 
-export function missingRow(name: RowName, reason: string): Row {
+function missingRow(name: RowName, reason: string): Row {
   const none = { ours: null, peer: null, ratio: null, spread: null, runs: [], checks: [] };
   return { bound: 'at least', ...name, ...none, notMeasured: reason };
 }

@@ -54,6 +54,7 @@ async function runChaos(args) {
  */
 async function runBench(args) {
   const environment = await prepare({ needsNatsServer: true });
+  await buildTypeScript('bench');
   if (!['regress', 'report'].includes(args[0] ?? '')) await installBenchmarkPeers();
   return runInForeground(['bench/dist/main.js', ...args], environment);
 }
@@ -62,7 +63,7 @@ async function runChecks() {
   await installPackages();
   const checks = [
     ['biome', [BIN.biome, 'check', '--error-on-warnings', '.']],
-    ['tsc', [BIN.tsc, '-b']],
+    ['tsc', [BIN.tsc, '-b', '.', 'bench']],
     ['tsc of the tests', [BIN.tsc, '-p', 'test/tsconfig.json']],
     ['knip', [BIN.knip]],
   ];

@@ -70,8 +70,8 @@ function stamp(path) {
 }
 
 /** `tsc -b` knows itself what is current, and takes a fifth of a second to find out. */
-export async function buildTypeScript() {
-  const result = await runQuietly(process.execPath, ['node_modules/typescript/bin/tsc', '-b']);
+export async function buildTypeScript(project = '.') {
+  const result = await runQuietly(process.execPath, ['node_modules/typescript/bin/tsc', '-b', project]);
   if (!result.ok) throw new SetupError(`${result.output}\nTypeScript did not compile (tsc's output is above).`);
 }
 
