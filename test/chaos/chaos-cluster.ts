@@ -42,6 +42,8 @@ const SETTINGS: ServiceSettings = {
 };
 const LOG_LINES = 600;
 
+const numberOf = (service: Service): number => LAYOUT.find(([each]) => each === service)?.[1] ?? 0;
+
 export class ChaosCluster {
   readonly cluster: Cluster;
   readonly storeDir: string;
@@ -73,10 +75,9 @@ export class ChaosCluster {
     const nats = await startNatsServer({ storeDir, binary });
     const lines: string[] = [];
     const watchers = new Set<(line: string) => void>();
-    const count = (service: Service): number => LAYOUT.find(([each]) => each === service)![1];
     const cluster = await startCluster({
-      attentionShards: count('attention-shard'),
-      denseExecutors: count('dense-executor'),
+      attentionShards: numberOf('attention-shard'),
+      denseExecutors: numberOf('dense-executor'),
       natsPort: 0,
       httpPort: 0,
       natsUrl: nats.url,
@@ -165,10 +166,10 @@ export class ChaosCluster {
 
   async startAll(): Promise<void> {
     await this.startNats();
-    await sleep(500);
-    await Promise.all(
-      LAYOUT.flatMap(([service, number]) => Array.from({ length: number }, () => this.cluster.add(service))),
-    );
+    // A shard counts as added when the kv-manager gives it blocks, and that needs an executor.
+    for (const [service, number] of LAYOUT)
+      if (service !== 'attention-shard') for (let count = 0; count < number; count++) await this.cluster.add(service);
+    for (let count = 0; count < numberOf('attention-shard'); count++) await this.cluster.add('attention-shard');
   }
 
   async stop(): Promise<void> {

@@ -141,7 +141,10 @@ export class Workload {
     const client = async (): Promise<void> => {
       while (next < this.#requests.length || (next < atMost && !isOver())) {
         const index = next++;
-        answers[index] = await this.#answer(`${name}-${index}`, this.#requests[index % this.#requests.length]!);
+        answers[index] = await this.#answer(
+          `${name.replaceAll(' ', '-')}-${index}`,
+          this.#requests[index % this.#requests.length]!,
+        );
       }
     };
     await Promise.all(Array.from({ length: concurrency }, client));
