@@ -34,6 +34,8 @@ export interface TestClusterOptions {
   readonly natsUrl?: string;
   /** For tests that end processes; without it such an end fails what waits for the cluster. */
   readonly onExit?: ClusterOptions['onExit'];
+  /** Sees every log line of every process. */
+  readonly onLine?: (name: string, line: string) => void;
 }
 
 export interface TestCluster {
@@ -73,6 +75,7 @@ export async function startTestCluster(options: TestClusterOptions = {}): Promis
     },
     onExit: options.onExit,
     onLine: (name, line) => {
+      options.onLine?.(name, line);
       lines.push(`[${name}] ${line}`);
       if (lines.length > LOG_LINES) lines.shift();
     },

@@ -417,6 +417,8 @@ describe('a process that cannot start', () => {
     return result.stderr;
   };
 
+  const natsFlags = (): string[] => ['--nats-url', cluster.natsUrl, '--nats-password-file', cluster.passwords!];
+
   it('says that NATS is not reachable and what to do', async () => {
     expect(
       oneLine(
@@ -426,7 +428,7 @@ describe('a process that cannot start', () => {
   });
 
   it('says that the model is missing', async () => {
-    expect(oneLine(await runService('dense-executor', ['--nats-url', cluster.natsUrl, '--model', '/nowhere']))).toMatch(
+    expect(oneLine(await runService('dense-executor', [...natsFlags(), '--model', '/nowhere']))).toMatch(
       /\/nowhere.*\[model_invalid\]/,
     );
   });
@@ -436,8 +438,7 @@ describe('a process that cannot start', () => {
     expect(
       oneLine(
         await runService('dense-executor', [
-          '--nats-url',
-          cluster.natsUrl,
+          ...natsFlags(),
           '--model',
           damaged,
           '--cache-dir',
@@ -449,9 +450,9 @@ describe('a process that cannot start', () => {
 
   it('says that the tokenizer is damaged', async () => {
     writeFileSync(join(damaged, 'tokenizer.json'), '{"model": ');
-    expect(
-      oneLine(await runService('gateway', ['--nats-url', cluster.natsUrl, '--model', damaged, '--http-port', '0'])),
-    ).toMatch(/tokenizer\.json.*\[model_invalid\]/);
+    expect(oneLine(await runService('gateway', [...natsFlags(), '--model', damaged, '--http-port', '0']))).toMatch(
+      /tokenizer\.json.*\[model_invalid\]/,
+    );
   });
 
   it('says which port is taken', async () => {
@@ -460,9 +461,7 @@ describe('a process that cannot start', () => {
     const address = server.address();
     const port = typeof address === 'object' && address !== null ? address.port : 0;
     expect(
-      oneLine(
-        await runService('gateway', ['--nats-url', cluster.natsUrl, '--model', MODEL, '--http-port', String(port)]),
-      ),
+      oneLine(await runService('gateway', [...natsFlags(), '--model', MODEL, '--http-port', String(port)])),
     ).toMatch(new RegExp(`${port}.*\\[address_in_use\\]`));
     server.close();
   });
@@ -474,8 +473,6 @@ describe('a process that cannot start', () => {
   });
 
   it('says that a shard is too small for one block', async () => {
-    expect(
-      oneLine(await runService('attention-shard', ['--nats-url', cluster.natsUrl, '--kv-budget-bytes', '100'])),
-    ).toMatch(/block/);
+    expect(oneLine(await runService('attention-shard', [...natsFlags(), '--kv-budget-bytes', '100']))).toMatch(/block/);
   });
 });

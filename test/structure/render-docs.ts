@@ -1,5 +1,5 @@
 /** Renders the parts of docs/ that are generated from the code. */
-import { ENDPOINTS, EVENTS, SERVICE_NAMES, STREAMS, SUBJECT_NOTES } from '@lamina/protocol';
+import { ENDPOINTS, EVENTS, permissionsOf, ROLES, SERVICE_NAMES, STREAMS, SUBJECT_NOTES } from '@lamina/protocol';
 import { flagOf, HUB_VARIABLES, LAUNCHER_VARIABLES, SERVICES, SETTINGS, type SettingName } from '@lamina/runtime';
 import { ERROR_CODES } from '@lamina/tensor';
 import type { AnyStateNode } from 'xstate';
@@ -28,6 +28,11 @@ export function renderSubjects(): string {
     entry.subjects.map((subject) => `\`${subject}\``).join(', '),
     entry.meaning,
   ]);
+  const code = (subjects: readonly string[]): string => subjects.map((subject) => `\`${subject}\``).join(' ');
+  const permissions = ROLES.map((role) => {
+    const { publish, subscribe } = permissionsOf(role);
+    return [role, code(publish), code(['_INBOX.<user>.>', ...subscribe])];
+  });
   return `# Subjects
 
 ${GENERATED}
@@ -57,6 +62,13 @@ ${table(['subject', 'from', 'to', 'meaning'], events)}
 Every process answers \`$SRV.PING\`, \`$SRV.INFO\` and \`$SRV.STATS\` under ${Object.values(SERVICE_NAMES)
     .map((name) => `\`${name}\``)
     .join(', ')}.
+
+## Permissions
+
+What the NATS user of each role may do where nats-server has users ([security.md](security.md)); \`lamina nats users\` writes it
+as configuration. It follows from the tables above: \`from\` publishes, \`to\` subscribes.
+
+${table(['role', 'may publish', 'may subscribe'], permissions)}
 `;
 }
 

@@ -10,6 +10,7 @@ import {
   type Endpoint,
   type EventSubject,
   errorBodySchema,
+  inboxPrefixOf,
   packMessage,
   parseMessage,
   SUBJECTS,
@@ -27,7 +28,7 @@ import {
   RequestStrategy,
   type Service,
 } from 'nats';
-import { type BusOptions, connectToNats } from './connection.ts';
+import { type BusOptions, connectToNats, type NatsAccess } from './connection.ts';
 
 /**
  * One received message. `data` is a view at any byte alignment. nats.js never writes to a received chunk again (Node
@@ -106,16 +107,22 @@ export function tooLarge(what: string, bus: Bus, cause: unknown): LaminaError {
 export class Bus {
   readonly #connection: NatsConnection;
   readonly #events: BusEvents;
+  readonly #access: NatsAccess | undefined;
   #service: Service | undefined;
 
-  private constructor(connection: NatsConnection, events: BusEvents) {
+  private constructor(connection: NatsConnection, events: BusEvents, access: NatsAccess | undefined) {
     this.#connection = connection;
     this.#events = events;
+    this.#access = access;
   }
 
   /** @throws LaminaError `nats_unreachable` */
   static async connect(options: BusOptions, events: BusEvents): Promise<Bus> {
-    return new Bus(await connectToNats(options), events);
+    return new Bus(await connectToNats(options), events, options.access);
+  }
+
+  get #inboxPrefix(): string | undefined {
+    return this.#access?.passwordFile === undefined ? undefined : inboxPrefixOf(this.#access.user);
   }
 
   /** For the JetStream parts of this package. */
@@ -161,6 +168,13 @@ export class Bus {
       if (cause instanceof NatsError) {
         if (cause.code === ErrorCode.MaxPayloadExceeded)
           throw tooLarge(`a request on ${endpoint.subject}`, this, cause);
+        if (cause.isPermissionError()) {
+          throw new LaminaError(
+            'config_invalid',
+            `the NATS user of this process may not publish on ${endpoint.subject}; is it of another service?`,
+            { cause },
+          );
+        }
         throw new LaminaError('unavailable', `no ${endpoint.to} answers on ${endpoint.subject}`, {
           cause,
           diagnostics: { nats: cause.code },
@@ -304,7 +318,7 @@ export class Bus {
    * Calls back with undefined when nobody listens on the subject.
    */
   requestStream(subject: string, data: Uint8Array, onReply: (reply: BusMessage | undefined) => void): Subscription {
-    const inbox = createInbox();
+    const inbox = createInbox(this.#inboxPrefix);
     const subscription = this.#connection.subscribe(inbox, {
       callback: (error, message) => {
         if (error) return;

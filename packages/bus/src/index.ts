@@ -8,7 +8,7 @@ export {
   type ServiceDescription,
   type Subscription,
 } from './bus.ts';
-export { type BusOptions, redactUrl } from './connection.ts';
+export { type BusOptions, type NatsAccess, redactUrl } from './connection.ts';
 export { type DurablePrompt, PromptQueue } from './prompt-queue.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';
 export { type StoredEnd, TokenStream } from './token-stream.ts';

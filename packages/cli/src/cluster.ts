@@ -12,12 +12,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Bus } from '@lamina/bus';
 import { ENDPOINTS, SERVICE_NAMES } from '@lamina/protocol';
-import { SETTINGS, type Service, type SettingName } from '@lamina/runtime';
+import { natsAccessOf, readConfig, SETTINGS, type Service, type SettingName } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { Child } from './child.ts';
 import { readHealth } from './health.ts';
 import { Janitor } from './janitor.ts';
-import { requireFreePort, startNats } from './nats-process.ts';
+import { type RunningNats, requireFreePort, startNats } from './nats-process.ts';
 import { portOf } from './probes.ts';
 import { ROOT_DIRECTORY } from './root.ts';
 
@@ -30,7 +30,7 @@ export interface ClusterOptions {
   readonly natsPort: number;
   /** 0 = any free port. */
   readonly httpPort: number;
-  /** A server that runs already; none is started then. */
+  /** A server that runs already, with the users that the settings name; none is started then. */
   readonly natsUrl?: string | undefined;
   /** Path or name of the nats-server binary. */
   readonly natsServer: string;
@@ -61,6 +61,9 @@ const STOP_ORDER: readonly (readonly (Service | 'nats-server')[])[] = [
   ['nats-server'],
 ];
 
+/** The server that is started here listens on the loopback address only, without TLS. */
+const NO_TLS: ServiceSettings = { natsTlsCaFile: '', natsTlsCertificateFile: '', natsTlsKeyFile: '' };
+
 export class Cluster {
   /** Resolves with the first failure of a child. */
   readonly failure: Promise<LaminaError>;
@@ -72,6 +75,7 @@ export class Cluster {
   #bus: Bus | undefined;
   #natsUrl = '';
   #httpUrl = '';
+  #passwords: string | undefined;
   #stopped: Promise<void> | undefined;
 
   constructor(options: ClusterOptions) {
@@ -89,7 +93,12 @@ export class Cluster {
     return this.#httpUrl;
   }
 
-  /** An ordinary client connection to the cluster. */
+  /** Directory with the password of each service's NATS user; undefined on a server that was not started here. */
+  get passwords(): string | undefined {
+    return this.#passwords;
+  }
+
+  /** The operator's connection to the cluster. */
   get bus(): Bus {
     if (this.#bus === undefined) throw new LaminaError('internal', 'the cluster is not started');
     return this.#bus;
@@ -105,9 +114,13 @@ export class Cluster {
     const { natsPort, httpPort, attentionShards, denseExecutors } = this.#options;
     if (this.#options.natsUrl === undefined) await requireFreePort(natsPort, 'NATS', '--nats-port');
     await requireFreePort(httpPort, 'HTTP', '--http-port');
-    this.#natsUrl = this.#options.natsUrl ?? (await this.#startNats());
+    const nats = this.#options.natsUrl === undefined ? await this.#startNats() : { url: this.#options.natsUrl };
+    this.#natsUrl = nats.url;
+    if ('passwords' in nats) this.#passwords = nats.passwords;
+    const config = readConfig('gateway', [], this.#environmentOf('operator', {}));
+    const access = natsAccessOf(config, 'operator');
     this.#bus = await Bus.connect(
-      { url: this.#natsUrl, name: 'lamina launcher', connectTimeoutMs: 2_000 },
+      { url: this.#natsUrl, name: 'lamina launcher', connectTimeoutMs: 2_000, access },
       { onError: () => undefined },
     );
     if (this.#stopped !== undefined) return;
@@ -157,7 +170,7 @@ export class Cluster {
     this.#janitor.done();
   }
 
-  async #startNats(): Promise<string> {
+  async #startNats(): Promise<RunningNats> {
     this.#directory = await mkdtemp(join(tmpdir(), 'lamina-'));
     this.#janitor.own(this.#directory);
     return startNats({
@@ -170,8 +183,12 @@ export class Cluster {
     });
   }
 
-  #spawnService(service: Service, settings: ServiceSettings = {}): Child {
+  /** The variables of a process that connects as `user`, unless the settings name another. */
+  #environmentOf(user: string, settings: ServiceSettings): Readonly<Record<string, string | undefined>> {
+    const ownServer: ServiceSettings =
+      this.#passwords === undefined ? {} : { natsUser: user, natsPasswordFile: this.#passwords, ...NO_TLS };
     const given: Readonly<Record<string, string | undefined>> = {
+      ...ownServer,
       ...this.#options.settings,
       natsUrl: this.#natsUrl,
       ...settings,
@@ -179,12 +196,16 @@ export class Cluster {
     const variables = Object.entries(SETTINGS).flatMap(([name, { env }]) =>
       given[name] === undefined ? [] : [[env, given[name]]],
     );
+    return { ...this.#options.environment, ...Object.fromEntries(variables) };
+  }
+
+  #spawnService(service: Service, settings: ServiceSettings = {}): Child {
     const number = this.processes(service).length + 1;
     const child = new Child({
       name: number === 1 ? service : `${service} ${number}`,
       command: process.execPath,
       args: ['--enable-source-maps', join(ROOT_DIRECTORY, 'services', service, 'dist', 'main.js')],
-      environment: { ...this.#options.environment, ...Object.fromEntries(variables) },
+      environment: this.#environmentOf(service, settings),
       onLine: this.#options.onLine,
     });
     this.#keep(service, child);

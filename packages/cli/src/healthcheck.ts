@@ -7,7 +7,7 @@
  * 3. Only an instance that says it runs on this host counts: another container's health is not ours.
  */
 import { hostname } from 'node:os';
-import { readConfig, type Service } from '@lamina/runtime/config';
+import { natsAccessOf, readConfig, type Service } from '@lamina/runtime/config';
 import { LaminaError } from '@lamina/tensor';
 import { readHealth } from './health.ts';
 
@@ -30,14 +30,18 @@ export async function checkHealth(
     const error = new LaminaError('unavailable', `no ${service} on this host answers at ${config.natsUrl}`);
     timer = setTimeout(() => reject(error), HEALTHCHECK_TIMEOUT_MS);
   });
-  await Promise.race([requireInstance(service, config.natsUrl), timeout]);
+  await Promise.race([requireInstance(service, config.natsUrl, natsAccessOf(config, service)), timeout]);
   clearTimeout(timer);
 }
 
-async function requireInstance(service: Service, natsUrl: string): Promise<void> {
+async function requireInstance(
+  service: Service,
+  natsUrl: string,
+  access: ReturnType<typeof natsAccessOf>,
+): Promise<void> {
   const [{ Bus }, { SERVICE_NAMES }] = await Promise.all([import('@lamina/bus'), import('@lamina/protocol')]);
   const bus = await Bus.connect(
-    { url: natsUrl, name: 'lamina healthcheck', connectTimeoutMs: 0 },
+    { url: natsUrl, name: 'lamina healthcheck', connectTimeoutMs: 0, access },
     { onError: () => undefined },
   );
   const instances = await bus.serviceStats(SERVICE_NAMES[service], HEALTHCHECK_TIMEOUT_MS / 4);

@@ -11,6 +11,7 @@ import { Argument, Command } from 'commander';
 import { addClusterOptions, type ClusterFlags, integer, real } from './arguments.ts';
 import type { DemoFlags } from './demo.ts';
 import { addModelCommands } from './model/commands.ts';
+import { addNatsCommands } from './nats-commands.ts';
 import { finish } from './report.ts';
 
 const DEMO_PORTS = { natsPort: 0, httpPort: 0 };
@@ -51,6 +52,8 @@ addClusterOptions(program.command('start'), START_PORTS)
   );
 
 addModelCommands(program.command('model'));
+
+addNatsCommands(program.command('nats'));
 
 program
   .command('healthcheck')

@@ -3,20 +3,22 @@
  *
  * Invariants
  * 1. It listens on the loopback address only, and is started with port -1 where any free port will do: no race for one.
- * 2. It is ready when its ports file is there, which it writes once it listens.
+ * 2. Every service has a user of its own with a new random password; what connects without one is a client and no more.
+ * 3. It is ready when its ports file is there, which it writes once it listens.
  */
 import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
 import { createServer } from 'node:net';
-import { join } from 'node:path';
+import { join, relative } from 'node:path';
 import { LaminaError } from '@lamina/tensor';
 import { Child, type ChildOptions } from './child.ts';
+import { writeNatsUsers } from './nats-users.ts';
 
 export interface NatsProcessOptions extends Pick<ChildOptions, 'environment' | 'onLine'> {
   /** Path or name of the binary. */
   readonly binary: string;
   /** 0 = any free port. */
   readonly port: number;
-  /** For its configuration, ports file and streams; must exist. */
+  /** For its configuration, ports file, streams and the passwords of its users (`users/`); must exist. */
   readonly directory: string;
   readonly onSpawn: (child: Child) => void;
 }
@@ -25,10 +27,11 @@ const LOOPBACK = '127.0.0.1';
 const START_TIMEOUT_MS = 10_000;
 const POLL_MS = 20;
 
-function configurationOf(port: number, directory: string): string {
+function configurationOf(port: number, directory: string, usersFile: string): string {
   return [
     `host: "${LOOPBACK}"`,
     `port: ${port === 0 ? -1 : port}`,
+    `include ${JSON.stringify(relative(directory, usersFile))}`,
     `ports_file_dir: ${JSON.stringify(join(directory, 'ports'))}`,
     'max_payload: 8MB',
     'max_pending: 128MB',
@@ -42,13 +45,21 @@ function configurationOf(port: number, directory: string): string {
   ].join('\n');
 }
 
-/** Starts the server and returns its URL. @throws LaminaError `nats_unreachable` */
-export async function startNats(options: NatsProcessOptions): Promise<string> {
+export interface RunningNats {
+  readonly url: string;
+  /** Directory with `<user>/password`. */
+  readonly passwords: string;
+}
+
+/** Starts the server. @throws LaminaError `nats_unreachable` */
+export async function startNats(options: NatsProcessOptions): Promise<RunningNats> {
   const { directory } = options;
   const portsDirectory = join(directory, 'ports');
   const configuration = join(directory, 'nats.conf');
   await mkdir(portsDirectory, { recursive: true });
-  await writeFile(configuration, configurationOf(options.port, directory));
+  const passwords = join(directory, 'users');
+  const usersFile = await writeNatsUsers(passwords, { clients: [], anonymous: 'durable-client' });
+  await writeFile(configuration, configurationOf(options.port, directory, usersFile));
   const child = new Child({
     name: 'nats-server',
     command: options.binary,
@@ -60,7 +71,7 @@ export async function startNats(options: NatsProcessOptions): Promise<string> {
   const deadlineMs = performance.now() + START_TIMEOUT_MS;
   while (child.isRunning && performance.now() < deadlineMs) {
     const url = await readPorts(portsDirectory);
-    if (url !== undefined) return url;
+    if (url !== undefined) return { url, passwords };
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
   }
   if (!child.isRunning) {

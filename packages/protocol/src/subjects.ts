@@ -230,7 +230,7 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
   {
     subject: SUBJECTS.tokens('<id>'),
     kind: 'JetStream LAMINA_TOKENS',
-    from: 'dense-executor',
+    from: 'dense-executor, gateway',
     to: 'gateway, client',
     meaning: STREAMS.tokens.meaning,
   },

@@ -3,6 +3,7 @@ export { processEnvironment, readConfig } from './config.ts';
 export { HUB_VARIABLES, hubVariables } from './hub-access.ts';
 export { createLogger, type Logger } from './log.ts';
 export { Counter, collectMetrics, DURATION_BUCKETS_S, Gauge, Histogram, Registry } from './metrics.ts';
+export { natsAccessOf } from './nats-access.ts';
 export { createInstanceId, type RunningService, runService, type ServiceContext } from './service.ts';
 export {
   type Config,

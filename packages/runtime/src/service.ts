@@ -14,6 +14,7 @@ import { asLaminaError, type LaminaError } from '@lamina/tensor';
 import { processEnvironment, readConfig } from './config.ts';
 import { createLogger, type Logger } from './log.ts';
 import { answerMetrics, Counter, createRegistry, type Registry } from './metrics.ts';
+import { natsAccessOf } from './nats-access.ts';
 import type { Config, Service } from './settings.ts';
 import { VERSION } from './version.ts';
 
@@ -79,7 +80,12 @@ export async function runService(
     const stopped = new Promise<void>((resolve) => listenForSignals(resolve));
     const bus = await Promise.race([
       Bus.connect(
-        { url: config.natsUrl, name: `${service} ${instanceId}`, connectTimeoutMs: config.natsConnectTimeoutMs },
+        {
+          url: config.natsUrl,
+          name: `${service} ${instanceId}`,
+          connectTimeoutMs: config.natsConnectTimeoutMs,
+          access: natsAccessOf(config, service),
+        },
         { onError },
       ),
       stopped.then(() => undefined),

@@ -31,6 +31,9 @@ const integer = (minimum: number, maximum: number): z.ZodType<number, string> =>
 
 const text = z.string().min(1, 'must not be empty');
 
+/** Empty: not given. */
+const optionalText = z.string().transform((value) => (value === '' ? undefined : value));
+
 const UNITS: Readonly<Record<string, number>> = { '': 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3 };
 
 /** Bytes as 1048576, 512m or 2g. */
@@ -51,7 +54,7 @@ export const SETTINGS = {
     fallback: 'nats://127.0.0.1:4222',
     schema: text,
     usedBy: SERVICES,
-    meaning: 'nats-server with JetStream; several servers separated by commas.',
+    meaning: 'nats-server with JetStream; several servers separated by commas; tls://host:port where it has TLS.',
   }),
   natsConnectTimeoutMs: setting({
     env: 'LAMINA_NATS_CONNECT_TIMEOUT_MS',
@@ -59,6 +62,42 @@ export const SETTINGS = {
     schema: integer(0, 600_000),
     usedBy: SERVICES,
     meaning: 'How long the first connection is tried for; later ones are tried for ever.',
+  }),
+  natsUser: setting({
+    env: 'LAMINA_NATS_USER',
+    fallback: '',
+    schema: optionalText,
+    usedBy: SERVICES,
+    meaning: 'NATS user. Default: the name of the service; used where there is a password file.',
+  }),
+  natsPasswordFile: setting({
+    env: 'LAMINA_NATS_PASSWORD_FILE',
+    fallback: '',
+    schema: optionalText,
+    usedBy: SERVICES,
+    meaning:
+      'File with the password of the NATS user, or a directory with `<user>/password`, as `lamina nats users` makes it.',
+  }),
+  natsTlsCaFile: setting({
+    env: 'LAMINA_NATS_TLS_CA_FILE',
+    fallback: '',
+    schema: optionalText,
+    usedBy: SERVICES,
+    meaning: 'PEM file of the authority that signed the certificate of nats-server; TLS is then a must.',
+  }),
+  natsTlsCertificateFile: setting({
+    env: 'LAMINA_NATS_TLS_CERTIFICATE_FILE',
+    fallback: '',
+    schema: optionalText,
+    usedBy: SERVICES,
+    meaning: 'PEM file of our own certificate, for a nats-server that asks for one.',
+  }),
+  natsTlsKeyFile: setting({
+    env: 'LAMINA_NATS_TLS_KEY_FILE',
+    fallback: '',
+    schema: optionalText,
+    usedBy: SERVICES,
+    meaning: 'PEM file of the key of that certificate.',
   }),
   logLevel: setting({
     env: 'LAMINA_LOG_LEVEL',

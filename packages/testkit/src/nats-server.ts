@@ -22,6 +22,8 @@ export interface NatsServerOptions {
   readonly maxPayloadBytes?: number;
   /** Subjects that nobody may publish on. */
   readonly denyPublish?: readonly string[];
+  /** More lines of its configuration: users, TLS. */
+  readonly configuration?: string;
 }
 
 export interface NatsServer {
@@ -53,6 +55,7 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
             'no_auth_user: "all"',
           ]),
       `jetstream { store_dir: ${JSON.stringify(options.storeDir ?? join(workDir, 'store'))} }`,
+      options.configuration ?? '',
     ].join('\n'),
   );
   const child = spawn(options.binary ?? 'nats-server', ['-c', configPath], { stdio: ['ignore', 'ignore', 'pipe'] });

@@ -4,7 +4,13 @@
 import { ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { buildModel, loadTokenizer, logPull, readModel, resolveModel } from '@lamina/model';
 import { SUBJECTS } from '@lamina/protocol';
-import { hubVariables, processEnvironment, type RunningService, type ServiceContext } from '@lamina/runtime';
+import {
+  hubVariables,
+  natsAccessOf,
+  processEnvironment,
+  type RunningService,
+  type ServiceContext,
+} from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { Executor } from './executor.ts';
 import { KvClient } from './kv-client.ts';
@@ -56,6 +62,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       worker: {
         natsUrl: config.natsUrl,
         natsConnectTimeoutMs: config.natsConnectTimeoutMs,
+        natsAccess: natsAccessOf(config, 'dense-executor'),
         stagedGraphPath: built.stagedGraphPath,
         dataDir: built.dataDir,
         lease: lease.shared,

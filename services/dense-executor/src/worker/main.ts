@@ -36,6 +36,7 @@ const bus = await Bus.connect(
     url: options.natsUrl,
     name: `dense-executor worker ${options.workerId}`,
     connectTimeoutMs: options.natsConnectTimeoutMs,
+    access: options.natsAccess,
   },
   { onError: complain },
 );

@@ -5,6 +5,7 @@
  * 1. A wave has at most one step in flight; stepId grows by one per step of the executor.
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
+import type { NatsAccess } from '@lamina/bus';
 import type { ErrorCode } from '@lamina/tensor';
 
 export interface WorkerOptions {
@@ -13,6 +14,7 @@ export interface WorkerOptions {
   readonly originId: number;
   readonly natsUrl: string;
   readonly natsConnectTimeoutMs: number;
+  readonly natsAccess: NatsAccess;
   readonly stagedGraphPath: string;
   /** Directory that the graph's external data is relative to. */
   readonly dataDir: string;
