@@ -73,6 +73,18 @@ describe('request and reply', () => {
       blocks: [{ shardId: 's', block: 5 }],
     });
     expect(seen).toEqual([CALL]);
+    // Who may only ask must not have the server publish elsewhere for it.
+    for (const reply of ['lamina.v1.work.x', '$JS.API.STREAM.PURGE.LAMINA_WORK']) {
+      const published: string[] = [];
+      client.subscribe(reply, (message) => published.push(message.subject));
+      errors.length = 0;
+      for (const subject of [ENDPOINTS.allocate.subject, SUBJECTS.status(server.instanceId)])
+        client.publish(subject, packMessage(CALL), reply);
+      await client.request(ENDPOINTS.allocate, CALL, TIMEOUT);
+      expect(published).toEqual([]);
+      expect(errors.map(({ code }) => code)).toEqual(['protocol_violation', 'protocol_violation']);
+    }
+    expect(seen).toHaveLength(3);
   });
 
   test('every error code and its message survive, diagnostics and causes do not', async () => {

@@ -4,7 +4,9 @@
  * Invariants
  * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
  * 2. Replies are `{ok: ...}` or `{error: {code, message}}`, so an error code survives the hop.
- * 3. The tensor plane uses `publish` and `subscribe` only: no schema, no promise, no header.
+ * 3. A caller of an endpoint is not answered on a subject of Lamina or of the server: who may only ask could otherwise have
+ *    this process publish there.
+ * 4. The tensor plane uses `publish` and `subscribe` only: no schema, no promise, no header.
  */
 import {
   type Endpoint,
@@ -72,6 +74,9 @@ export interface BusEvents {
 
 /** Status of the server's answer to a request on a subject without listeners. */
 const NO_RESPONDERS_STATUS = 503;
+
+/** No caller's inbox: what the server or a service listens to. */
+const SYSTEM_SUBJECT = /^(\$|lamina\.)/;
 
 /** Fields are decoded when they are read: the tensor plane reads `data` only, once per layer. */
 class LazyMessage implements BusMessage {
@@ -216,7 +221,7 @@ export class Bus {
     this.#service.addEndpoint('status', {
       subject: SUBJECTS.status(this.instanceId),
       handler: (error, message) => {
-        if (error === null) message.respond(packMessage(description.stats()));
+        if (error === null && this.#mayAnswer(message)) message.respond(packMessage(description.stats()));
       },
     });
   }
@@ -234,7 +239,7 @@ export class Bus {
     this.#service.addEndpoint(name, {
       subject: endpoint.subject,
       handler: (error, message) => {
-        if (error) return;
+        if (error || !this.#mayAnswer(message)) return;
         this.#answer(endpoint, handler, message).catch((cause: unknown) =>
           this.#events.onError(asLaminaError(cause), endpoint.subject),
         );
@@ -270,7 +275,9 @@ export class Bus {
     this.#service.addEndpoint(name, {
       subject,
       queue,
-      handler: (error, message) => error ?? this.#guard(subject, () => handler(new LazyMessage(message))),
+      handler: (error, message) => {
+        if (error === null && this.#mayAnswer(message)) this.#guard(subject, () => handler(new LazyMessage(message)));
+      },
     });
   }
 
@@ -347,6 +354,15 @@ export class Bus {
       if (!(cause instanceof NatsError)) throw cause;
     }
     return instances;
+  }
+
+  #mayAnswer({ subject, reply }: Msg): boolean {
+    if (reply === undefined || !SYSTEM_SUBJECT.test(reply)) return true;
+    this.#events.onError(
+      new LaminaError('protocol_violation', `a request asks to be answered on "${reply.slice(0, 80)}"; use an inbox`),
+      subject,
+    );
+    return false;
   }
 
   #guard(subject: string, run: () => void): void {

@@ -44,7 +44,7 @@ function permissionLines(role: Role, inboxes: readonly string[], deniedInboxes: 
  * The part of nats-server's configuration that says who may do what.
  * @param passwords By user name.
  */
-export function renderNatsUsers(
+function renderNatsUsers(
   users: readonly NatsUser[],
   anonymous: NatsUsersOptions['anonymous'],
   passwords: ReadonlyMap<string, string>,

@@ -21,6 +21,7 @@ const HEADER: FrameHeader = {
   bodyBytes: 0,
   partOffset: 0,
   originId: 0xfffffffa,
+  isBodyChecked: false,
 };
 
 function messageOf(bodyBytes: number, header: Partial<FrameHeader> = {}): { message: Uint8Array; header: FrameHeader } {
@@ -53,7 +54,7 @@ test('a header is read as it was written, at the documented offsets', () => {
   writeFrameHeader(frame, { ...header, bodyBytes: 0x00020110, partOffset: 0x00020100, originId: 0x0b0c0d0e });
   expect(Buffer.from(frame.subarray(0, FRAME_HEADER_BYTES)).toString('hex')).toBe(
     '4c414d31' +
-      '01' +
+      '02' +
       '02' +
       '0201' +
       '06050403' +
@@ -62,7 +63,7 @@ test('a header is read as it was written, at the documented offsets', () => {
       '10010200' +
       '00010200' +
       '0e0d0c0b' +
-      '00000000',
+      'a5fba5cd',
   );
   expect(frame.subarray(FRAME_HEADER_BYTES).every((byte) => byte === 0xff)).toBe(true);
   const read = emptyFrameHeader();
@@ -203,7 +204,7 @@ test('a frame that is short, foreign, of another version, of no kind or too long
     empty: new Uint8Array(0),
     short: message.subarray(0, FRAME_HEADER_BYTES - 1),
     magic: altered((view) => view.setUint8(3, 0x32)),
-    version: altered((view) => view.setUint8(4, 2)),
+    version: altered((view) => view.setUint8(4, 1)),
     'kind 0': altered((view) => view.setUint8(5, 0)),
     'kind 5': altered((view) => view.setUint8(5, 5)),
     'body over the limit': altered((view) => view.setUint32(16, LIMITS.tensorBytes + 1, true)),
@@ -220,6 +221,40 @@ test('a frame that is short, foreign, of another version, of no kind or too long
     }
   });
   expect(refused).toEqual(Object.keys(bad).map((name) => `${name}: protocol_violation`));
-  const atTheLimit = altered((view) => view.setUint32(16, LIMITS.tensorBytes, true));
+  const atTheLimit = new Uint8Array(FRAME_HEADER_BYTES);
+  writeFrameHeader(atTheLimit, { ...HEADER, bodyBytes: LIMITS.tensorBytes });
   expect(() => readFrameHeader(atTheLimit, emptyFrameHeader())).not.toThrow();
+});
+
+test('one changed bit is noticed: of the header always, of the body in plans, failures and where it is asked for', () => {
+  const read = emptyFrameHeader();
+  const damaged = (header: Partial<FrameHeader>, from: number, to: number): string[] => {
+    const { message } = messageOf(24, header);
+    const outcomes = new Set<string>();
+    for (let bit = 8 * from; bit < 8 * to; bit++) {
+      const frame = delivered(message);
+      frame[bit >> 3]! ^= 1 << (bit & 7);
+      try {
+        readFrameHeader(frame, read);
+        outcomes.add('taken');
+      } catch (error) {
+        outcomes.add(Object(error).code);
+      }
+    }
+    return [...outcomes].sort();
+  };
+  const end = FRAME_HEADER_BYTES + 24;
+  for (const kind of Object.values(FRAME_KIND)) {
+    expect(damaged({ kind }, 0, FRAME_HEADER_BYTES), `header of kind ${kind}`).not.toContain('taken');
+    expect(damaged({ kind, isBodyChecked: true }, 0, end), `kind ${kind}`).not.toContain('taken');
+    const coversBody = kind === FRAME_KIND.plan || kind === FRAME_KIND.failure;
+    expect(damaged({ kind }, FRAME_HEADER_BYTES, end)).toEqual([coversBody ? 'unavailable' : 'taken']);
+  }
+  // Parts of a message that came split have each their own.
+  const { message, header } = messageOf(100, { kind: FRAME_KIND.plan });
+  for (const part of splitFrame(message, header, FRAME_HEADER_BYTES + 30)) {
+    readFrameHeader(part, read);
+    part[part.length - 1]! ^= 1;
+    expect(() => readFrameHeader(part, read)).toThrow(expect.objectContaining({ code: 'unavailable' }));
+  }
 });

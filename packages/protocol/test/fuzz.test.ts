@@ -1,7 +1,8 @@
 /** Every decoder against mutated bytes: nothing but a LaminaError ever comes out, and it comes quickly. */
 import { LaminaError } from '@lamina/tensor';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { afterAll, beforeAll, expect, test, vi } from 'vitest';
 import type { z } from 'zod';
+import { mutate, randomOf } from '../../../test/mutate.ts';
 import { packMessage, unpackMessage } from '../src/codec.ts';
 import {
   emptyFrameHeader,
@@ -19,10 +20,12 @@ import { ENDPOINTS, EVENTS } from '../src/subjects.ts';
 import { decodeTokens, encodeTokens, type TokenMessage } from '../src/token-message.ts';
 import { type WorkItem, workItemSchema } from '../src/work-item.ts';
 
-/** All decoders together see over 300,000. */
-const CASES = 30_000;
+/** All decoders together see over 300,000, and over a million with LAMINA_FUZZ=long. */
+const FACTOR = process.env.LAMINA_FUZZ === 'long' ? 4 : 1;
+const CASES = 30_000 * FACTOR;
 /** For all of a decoder's cases. It takes 1 s at most; a case that grows with what its bytes promise takes far longer. */
-const LIMIT_MS = 20_000;
+const LIMIT_MS = 20_000 * FACTOR;
+vi.setConfig({ testTimeout: 2 * LIMIT_MS });
 
 // Stack traces of a million expected errors would take most of the time.
 const { stackTraceLimit } = Error;
@@ -32,56 +35,6 @@ beforeAll(() => {
 afterAll(() => {
   Error.stackTraceLimit = stackTraceLimit;
 });
-
-/** A small generator of 32-bit numbers (mulberry32): the same cases in each run. */
-function randomOf(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) % below;
-  };
-}
-
-/** Bytes that mean something to msgpack, JSON or a header. */
-const TELLING = [
-  0x00, 0x01, 0x7f, 0x80, 0x90, 0xc1, 0xc6, 0xc9, 0xd4, 0xd9, 0xdb, 0xdd, 0xde, 0xdf, 0xff, 0x22, 0x5b, 0x7b,
-];
-
-/** One to four changes of a seed: bits, bytes, cuts, insertions, 32-bit words, another seed's end. */
-function mutate(seeds: readonly Uint8Array[], random: (below: number) => number): Uint8Array {
-  let bytes = Buffer.from(seeds[random(seeds.length)]!);
-  for (let changes = 1 + random(4); changes > 0; changes--) {
-    const at = random(bytes.length + 1);
-    switch (random(7)) {
-      case 0:
-        if (at < bytes.length) bytes[at]! ^= 1 << random(8);
-        break;
-      case 1:
-        if (at < bytes.length) bytes[at] = TELLING[random(TELLING.length)]!;
-        break;
-      case 2:
-        bytes = bytes.subarray(0, at);
-        break;
-      case 3:
-        bytes = Buffer.concat([bytes.subarray(0, at), Buffer.of(TELLING[random(TELLING.length)]!), bytes.subarray(at)]);
-        break;
-      case 4:
-        if (at + 4 <= bytes.length)
-          bytes.writeUInt32BE([0, 0x7fffffff, 0xffffffff, 0x10000, random(2 ** 31)][random(5)]!, at);
-        break;
-      case 5:
-        bytes = Buffer.concat([bytes.subarray(0, at), bytes.subarray(random(bytes.length + 1))]);
-        break;
-      default: {
-        const other = seeds[random(seeds.length)]!;
-        bytes = Buffer.concat([bytes.subarray(0, at), other.subarray(random(other.length + 1))]);
-      }
-    }
-  }
-  return bytes;
-}
 
 /** Runs the decoder on the cases. Fails on what is no LaminaError, on slowness, and when nothing was taken or refused. */
 function fuzz(seeds: readonly Uint8Array[], decode: (bytes: Uint8Array) => unknown, cases = CASES): void {
@@ -169,7 +122,7 @@ test('frames and their joining', () => {
       const body = assembler.push(frame, header);
       if (body !== undefined && body.length !== header.bodyBytes) throw new Error('a body of another size');
     },
-    100_000,
+    100_000 * FACTOR,
   );
   expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(256e6);
 });
@@ -183,7 +136,7 @@ test('step plans', () => {
       const ints = 4 + plan.segments.length + plan.blocks.length + plan.kvSlots.length;
       if (4 * ints !== body.length || plan.kvSlots.length !== plan.numKvRows) throw new Error('a plan of another size');
     },
-    100_000,
+    100_000 * FACTOR,
   );
 });
 

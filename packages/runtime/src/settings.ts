@@ -265,6 +265,14 @@ export const SETTINGS = {
     usedBy: ['dense-executor'],
     meaning: 'How long one step waits for the attention of a layer before it is given up.',
   }),
+  tensorChecksum: setting({
+    env: 'LAMINA_TENSOR_CHECKSUM',
+    fallback: 'header',
+    schema: z.enum(['header', 'all']),
+    usedBy: ['dense-executor'],
+    meaning:
+      'What the checksum of tensor frames covers besides plans: their headers, or `all` with the tensors, where the network is not trusted to.',
+  }),
   kvBudgetBytes: setting({
     env: 'LAMINA_KV_BUDGET_BYTES',
     fallback: '256m',
@@ -348,6 +356,7 @@ export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = 
   LAMINA_KV_MANAGER_MEMORY: 'Compose: memory limit of the kv-manager.',
   LAMINA_NATS_MEMORY: 'Compose: memory limit of nats.',
   LAMINA_OFFLINE_IMAGES: 'Tests: build the containers on images that are made from this machine.',
+  LAMINA_FUZZ: 'Tests: `long` sends a million mutated messages to the decoders, 10,000 to each subject of a cluster.',
   LAMINA_E2E_REQUIRED: 'Tests: a missing Docker Engine is a failure, not a skip.',
 };
 

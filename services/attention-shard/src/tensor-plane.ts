@@ -82,7 +82,7 @@ export class TensorPlane {
     try {
       readFrameHeader(data, header);
     } catch (cause) {
-      this.#refuse(emptyFrameHeader(), message.reply, cause);
+      this.#refuseUnread(header, message.reply, cause);
       return;
     }
     const step = this.#origins.find(header.originId, header.waveIndex);
@@ -122,6 +122,7 @@ export class TensorPlane {
       );
     const body = step.memory.assembler.push(frame, header);
     if (body === undefined) return;
+    step.header.isBodyChecked = header.isBodyChecked;
     step.receivedAtMs = performance.now();
     step.layerInFlight = layer;
     try {
@@ -196,6 +197,13 @@ export class TensorPlane {
     const { maxPayloadBytes } = this.#bus;
     if (message.length <= maxPayloadBytes) this.#bus.publish(subject, message);
     else for (const frame of splitFrame(message, header, maxPayloadBytes)) this.#bus.publish(subject, frame);
+  }
+
+  /** A frame that was damaged on its way is refused to the step that it seems to belong to, which then runs again at once. */
+  #refuseUnread(header: FrameHeader, reply: string | undefined, cause: unknown): void {
+    const step = header.kind === FRAME_KIND.attend ? this.#origins.find(header.originId, header.waveIndex) : undefined;
+    if (step !== undefined && step.stepId === header.stepId) this.#refuse(step.header, step.replySubject, cause);
+    else this.#refuse(header.kind === FRAME_KIND.plan ? header : emptyFrameHeader(), reply, cause);
   }
 
   #refuse(header: FrameHeader, replySubject: string | undefined, cause: unknown): void {

@@ -68,6 +68,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
         lease: lease.shared,
         intraOpThreads: config.intraOpThreads,
         gatherTimeoutMs: config.gatherTimeoutMs,
+        isBodyChecked: config.tensorChecksum === 'all',
         dims: { ...description.attention, hiddenSize: description.hiddenSize, vocabSize: description.vocabSize },
       },
     },

@@ -17,7 +17,7 @@ import {
   SUBJECTS,
   unpackMessage,
 } from '@lamina/protocol';
-import { LaminaError } from '@lamina/tensor';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { KvLease } from '../kv-lease.ts';
 import { compileLayerCycle } from '../request/layer-cycle.ts';
 import { DenseSession } from './dense-session.ts';
@@ -54,10 +54,22 @@ const waves = Array.from(
       transport: bus,
       layerCycle,
       originId: options.originId,
+      isBodyChecked: options.isBodyChecked,
       replySubjectOf,
       lease,
     }),
 );
+
+/** What a shard says went wrong; a failure that cannot be read is one as well. */
+function readFailure(frame: Uint8Array): LaminaError {
+  try {
+    const body = unpackMessage(frame.subarray(FRAME_HEADER_BYTES));
+    const { code, message } = parseMessage('shard failure', errorBodySchema, body);
+    return new LaminaError(code, message);
+  } catch (cause) {
+    return asLaminaError(cause);
+  }
+}
 
 const header = emptyFrameHeader();
 bus.subscribe(replySubjectOf('*', '*'), (message) => {
@@ -67,13 +79,20 @@ bus.subscribe(replySubjectOf('*', '*'), (message) => {
     waves[wave!]?.exchange.shardIsGone(shardIndex!);
     return;
   }
-  readFrameHeader(data, header);
+  let damage: LaminaError | undefined;
+  try {
+    readFrameHeader(data, header);
+  } catch (cause) {
+    damage = asLaminaError(cause);
+    complain(damage);
+    if (header.kind === 0) return;
+  }
   const wave = waves[header.waveIndex];
   if (header.originId !== options.originId || wave === undefined) return;
-  if (header.kind === FRAME_KIND.partial) wave.exchange.receive(data, header);
+  if (damage !== undefined) wave.exchange.receiveFailure(header, damage);
+  else if (header.kind === FRAME_KIND.partial) wave.exchange.receive(data, header);
   else if (header.kind === FRAME_KIND.failure) {
-    const failure = parseMessage('shard failure', errorBodySchema, unpackMessage(data.subarray(FRAME_HEADER_BYTES)));
-    wave.exchange.receiveFailure(header, new LaminaError(failure.code, failure.message));
+    wave.exchange.receiveFailure(header, readFailure(data));
   }
 });
 bus.onStatus((type) => {

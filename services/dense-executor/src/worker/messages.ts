@@ -23,6 +23,8 @@ export interface WorkerOptions {
   readonly lease: SharedArrayBuffer;
   readonly intraOpThreads: number;
   readonly gatherTimeoutMs: number;
+  /** Tensor frames carry a checksum of their tensors. */
+  readonly isBodyChecked: boolean;
   readonly dims: ModelDims;
 }
 

@@ -174,9 +174,10 @@ export class TensorExchange {
       packRows(link.payload, at, value, link.kvRuns, numKvHeads * headDim);
       link.header.layer = layer;
       link.hasAnswered = false;
-      writeFrameHeader(link.message, link.header);
-      if (link.message.length <= this.#transport.maxPayloadBytes) this.#transport.publish(link.subject, link.message);
-      else
+      if (link.message.length <= this.#transport.maxPayloadBytes) {
+        writeFrameHeader(link.message, link.header);
+        this.#transport.publish(link.subject, link.message);
+      } else
         for (const frame of splitFrame(link.message, link.header, this.#transport.maxPayloadBytes))
           this.#transport.publish(link.subject, frame);
     }

@@ -29,6 +29,7 @@ export class Wave {
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
   readonly #originId: number;
+  readonly #isBodyChecked: boolean;
   readonly #replySubjectOf: (waveIndex: number, shardIndex: number) => string;
 
   constructor(options: {
@@ -37,6 +38,7 @@ export class Wave {
     transport: TensorTransport;
     layerCycle: Uint8Array;
     originId: number;
+    isBodyChecked: boolean;
     replySubjectOf: (waveIndex: number, shardIndex: number) => string;
     lease: Pick<KvLease, 'allows'>;
   }) {
@@ -45,6 +47,7 @@ export class Wave {
     this.#sampler = new Sampler(options.dims.vocabSize);
     this.#cursor = new LayerCursor(options.layerCycle);
     this.#originId = options.originId;
+    this.#isBodyChecked = options.isBodyChecked;
     this.#replySubjectOf = options.replySubjectOf;
     this.exchange = new TensorExchange(options.dims, options.transport, options.lease);
   }
@@ -87,6 +90,7 @@ export class Wave {
       bodyBytes: 0,
       partOffset: 0,
       originId: this.#originId,
+      isBodyChecked: this.#isBodyChecked,
     };
     exchange.begin(step, header, SUBJECTS.shardTensors, (shardIndex) =>
       this.#replySubjectOf(step.waveIndex, shardIndex),
