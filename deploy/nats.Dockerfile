@@ -5,7 +5,12 @@ FROM ${NATS_IMAGE}
 LABEL lamina.stage=nats
 COPY nats.conf /etc/nats/lamina.conf
 USER root
-RUN mkdir -p /data && chown 10001:10001 /data && nats-server -c /etc/nats/lamina.conf -t
+# Alone the server takes nobody: compose mounts the users of its services over this token, which nobody knows.
+RUN mkdir -p /data /etc/nats/users /etc/nats/tls \
+ && printf 'authorization { token: "%s" }\n' "$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')" >/etc/nats/users/users.conf \
+ && : >/etc/nats/tls/tls.conf \
+ && chown -R 10001:10001 /data /etc/nats/users \
+ && nats-server -c /etc/nats/lamina.conf -t
 USER 10001:10001
 EXPOSE 4222 8222
 ENTRYPOINT ["nats-server", "-c", "/etc/nats/lamina.conf"]

@@ -131,8 +131,20 @@ describe.skipIf(skipReason !== null)('docker-compose', () => {
 
   it('runs every service without root and with a read-only root file system', async () => {
     for (const container of await project.containers()) {
-      expect(container).toMatchObject({ status: 'running', user: '10001:10001', readOnly: true });
+      // It has made the passwords, and ended.
+      const status = container.service === 'credentials' ? 'exited' : 'running';
+      expect(container).toMatchObject({ status, exitCode: 0, user: '10001:10001', readOnly: true });
     }
+  });
+
+  it('lets a client from the host be a client and nothing else', async () => {
+    showLogsOnFailure();
+    await expect(nats.request('lamina.v1.kv.status', '', { timeout: 5_000 })).rejects.toMatchObject({
+      code: 'PERMISSIONS_VIOLATION',
+    });
+    await expect(connect({ servers: project.natsUrl, user: 'attention-shard', pass: 'x' })).rejects.toMatchObject({
+      code: 'AUTHORIZATION_VIOLATION',
+    });
   });
 
   it('answers a prompt from the host with the tokens of the uncut graph', async () => {

@@ -345,6 +345,8 @@ export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = 
   LAMINA_HTTP_BIND: 'Compose: host address of the gateway.',
   LAMINA_NATS_BIND: 'Compose: host address of nats.',
   LAMINA_NATS_PORT: 'Compose: host port of nats.',
+  LAMINA_NATS_ANONYMOUS: 'Compose: what a connection without a user may do: `durable-client`, `client` or `none`.',
+  LAMINA_CERTIFICATES_DIR: 'Compose with TLS: host directory of the certificates.',
   LAMINA_MODELS_DIR: 'Compose: host directory of models, mounted read-only.',
   LAMINA_MODEL_NAME: 'Compose: what is served: a directory in it, or a repository of the hub.',
   LAMINA_SHARD_CPUS: 'Compose: CPUs of one attention-shard.',

@@ -191,3 +191,27 @@ test('after close nothing is started', async () => {
   sendPlan();
   expect(unpackMessage(sent[0]!.data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable' });
 });
+
+test('a layer that was damaged on its way is refused to its step at once, and the next try is taken', () => {
+  const { kernel, sent, sendPlan, sendLayer, plane } = setUp();
+  sendPlan();
+  const intact = sendLayer(0, { isBodyChecked: true });
+  expect(kernel.attends).toHaveLength(1);
+  kernel.attends[0]!.done(null);
+  expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.partial, isBodyChecked: true });
+  for (const at of [8, 28, intact.length - 1]) {
+    const damaged = Uint8Array.from(intact);
+    damaged[at]! ^= 4;
+    plane.onMessage({ data: damaged, reply: undefined });
+  }
+  expect(kernel.attends).toHaveLength(1);
+  // The first says that it belongs to another step, of which nothing is known: nobody is told.
+  const failures = sent.filter(({ header }) => header.kind === FRAME_KIND.failure);
+  expect(failures.map(({ subject, header }) => [subject, header.stepId])).toEqual([
+    ['worker', 1],
+    ['worker', 1],
+  ]);
+  expect(unpackMessage(failures[0]!.data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable' });
+  plane.onMessage({ data: intact, reply: undefined });
+  expect(kernel.attends).toHaveLength(2);
+});
