@@ -27,7 +27,7 @@ export async function checkHealth(
   }
   let timer: NodeJS.Timeout | undefined;
   const timeout = new Promise<never>((_, reject) => {
-    const error = new LaminaError('unavailable', `no ${service} on this host answers at ${config.natsUrl}`);
+    const error = new LaminaError('unavailable', `no ${service} on this host answers on NATS`);
     timer = setTimeout(() => reject(error), HEALTHCHECK_TIMEOUT_MS);
   });
   await Promise.race([requireInstance(service, config.natsUrl, natsAccessOf(config, service)), timeout]);
@@ -47,6 +47,6 @@ async function requireInstance(
   const instances = await bus.serviceStats(SERVICE_NAMES[service], HEALTHCHECK_TIMEOUT_MS / 4);
   await bus.close();
   if (!instances.some(({ metadata }) => metadata.host === hostname())) {
-    throw new LaminaError('unavailable', `no ${service} on this host answers at ${natsUrl}`);
+    throw new LaminaError('unavailable', `no ${service} on this host answers on NATS`);
   }
 }
