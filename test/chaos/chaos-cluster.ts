@@ -18,7 +18,6 @@ import { processEnvironment, type Service } from '@lamina/runtime';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
 import type { Random } from './random.ts';
-import { sleep } from './workload.ts';
 
 export interface ChaosClusterOptions {
   /** Directory of JetStream's files; default: a temporary one. */

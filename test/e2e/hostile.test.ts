@@ -95,6 +95,7 @@ function seedsOf(
     executorLeave: { executorId: 'e1' },
     shardHeartbeat: { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null },
     shardLeave: { shardId: 's1' },
+    suspectShard: { shardId: 's1' },
     allocate: { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9, deliveryCount: 1 },
     extend: { requestId: 'a', executorId: 'e1', numBlocks: 1, numTokens: 5 },
     trim: { requestId: 'a', executorId: 'e1', numFreedBlocks: 1 },

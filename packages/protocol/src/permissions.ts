@@ -53,17 +53,24 @@ const PARTIES: Readonly<Record<string, readonly Role[]>> = {
 
 /**
  * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer and
- * acknowledge. read: replay it. follow: its messages as they are published. remove: delete one message.
+ * acknowledge. look: one message, and how many wait. read: replay it. follow: its messages as they are published.
+ * remove: delete one message. purge: delete those of one subject.
  */
-type StreamUse = 'manage' | 'publish' | 'consume' | 'read' | 'follow' | 'remove';
+type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow' | 'remove' | 'purge';
 
 const STREAM_USES: Readonly<Record<keyof typeof STREAMS, Readonly<Partial<Record<Role, readonly StreamUse[]>>>>> = {
+  prompts: {
+    gateway: ['manage', 'consume'],
+    'dense-executor': ['manage'],
+    'durable-client': ['publish'],
+    operator: ['publish'],
+  },
   work: {
-    gateway: ['manage', 'publish', 'remove'],
+    gateway: ['manage', 'publish', 'look', 'remove'],
     'dense-executor': ['manage', 'consume'],
   },
   tokens: {
-    gateway: ['manage', 'publish', 'read', 'follow'],
+    gateway: ['manage', 'publish', 'read', 'follow', 'purge'],
     'dense-executor': ['manage', 'publish', 'read'],
     'durable-client': ['read', 'follow'],
     operator: ['read', 'follow'],
@@ -116,6 +123,9 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       call(`CONSUMER.INFO.${name}.${durableConsumer}`, `CONSUMER.MSG.NEXT.${name}.${durableConsumer}`);
       publish.add(`$JS.ACK.${name}.${durableConsumer}.>`);
       break;
+    case 'look':
+      call(`STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`, `CONSUMER.INFO.${name}.${durableConsumer}`);
+      break;
     case 'read':
       call('STREAM.NAMES', `STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`, `DIRECT.GET.${name}`);
       call(`DIRECT.GET.${name}.>`, `CONSUMER.CREATE.${name}`, `CONSUMER.CREATE.${name}.>`, `CONSUMER.INFO.${name}.*`);
@@ -127,6 +137,9 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       break;
     case 'remove':
       call(`STREAM.MSG.DELETE.${name}`);
+      break;
+    case 'purge':
+      call(`STREAM.PURGE.${name}`);
   }
 }
 

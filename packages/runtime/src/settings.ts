@@ -43,9 +43,6 @@ const byteSize: z.ZodType<number, string> = z
   .transform((value) => Number.parseInt(value, 10) * (UNITS[value.replace(/\d/g, '').toLowerCase()] ?? 1))
   .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be from 1 byte to 8388607g');
 
-/** Text, or `none`. */
-const optionalText = text.transform((value) => (value === 'none' ? undefined : value));
-
 const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
 
 export const SETTINGS = {
@@ -167,14 +164,14 @@ export const SETTINGS = {
   }),
   httpCorsOrigin: setting({
     env: 'LAMINA_HTTP_CORS_ORIGIN',
-    fallback: 'none',
+    fallback: '',
     schema: optionalText,
     usedBy: ['gateway'],
     meaning: 'Origin of web pages that may call the HTTP API from a browser, or `*` for any; `none` allows none.',
   }),
   apiKeysFile: setting({
     env: 'LAMINA_API_KEYS_FILE',
-    fallback: 'none',
+    fallback: '',
     schema: optionalText,
     usedBy: ['gateway'],
     meaning: 'File of API keys for /v1, a line `client:key` each; `none` asks for no key.',
