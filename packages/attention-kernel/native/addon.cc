@@ -82,7 +82,7 @@ napi_value create(napi_env env, napi_callback_info info) {
   if (!read_int32(env, args[0], &shape.num_layers) || !read_int32(env, args[1], &shape.num_heads) ||
       !read_int32(env, args[2], &shape.num_kv_heads) || !read_int32(env, args[3], &shape.head_dim) ||
       !read_double(env, args[4], &scale) || !read_double(env, args[5], &softcap) ||
-      !read_int32_array(env, args[6], &window_tokens) || !read_float_array(env, args[7], &alibi_slopes) ||
+      !read_int32_records(env, args[6], &window_tokens) || !read_float_array(env, args[7], &alibi_slopes) ||
       !read_int32(env, args[8], &shape.block_size_tokens) || !read_bool(env, args[9], &shape.is_f16) ||
       !read_int32(env, args[10], &num_blocks) || !read_int32(env, args[11], &num_threads) ||
       !read_string(env, args[12], &simd))
@@ -166,22 +166,14 @@ napi_value begin_step(napi_env env, napi_callback_info info) {
   int32_t num_query_rows = 0;
   int32_t num_kv_rows = 0;
   try {
-    std::vector<int32_t> flat_segments, flat_blocks, kv_slots;
+    std::vector<Segment> segments;
+    std::vector<BlockRef> blocks;
+    std::vector<int32_t> kv_slots;
     if (!read_int32(env, args[1], &num_query_rows) || !read_int32(env, args[2], &num_kv_rows) ||
-        !read_int32_array(env, args[3], &flat_segments) || !read_int32_array(env, args[4], &flat_blocks) ||
-        !read_int32_array(env, args[5], &kv_slots))
+        !read_int32_records(env, args[3], &segments) || !read_int32_records(env, args[4], &blocks) ||
+        !read_int32_records(env, args[5], &kv_slots))
       return nullptr;
     if (kv_slots.size() != size_t(num_kv_rows)) return fail(env, "kvSlots has another length than numKvRows");
-    std::vector<Segment> segments(flat_segments.size() / 5);
-    for (size_t i = 0; i < segments.size(); i++) {
-      const int32_t* s = flat_segments.data() + i * 5;
-      segments[i] = {s[0], s[1], s[2], s[3], s[4]};
-    }
-    std::vector<BlockRef> blocks(flat_blocks.size() / 3);
-    for (size_t i = 0; i < blocks.size(); i++) {
-      const int32_t* b = flat_blocks.data() + i * 3;
-      blocks[i] = {b[0], b[1], b[2]};
-    }
     std::unique_ptr<StepHandle> box(new StepHandle());
     box->step = std::make_shared<Step>(kernel->engine.shape, *kernel->rules, kernel->pool->num_threads(), num_query_rows,
                                        num_kv_rows, std::move(segments), std::move(blocks), std::move(kv_slots));

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace lamina {
@@ -63,12 +64,15 @@ inline bool read_typed_array(napi_env env, napi_value value, napi_typedarray_typ
   return false;
 }
 
-inline bool read_int32_array(napi_env env, napi_value value, std::vector<int32_t>* out) {
+/** Records of int32 fields, laid out one after the other in an Int32Array; what is short of a record is left out. */
+template <class Record>
+bool read_int32_records(napi_env env, napi_value value, std::vector<Record>* out) {
+  static_assert(std::is_trivially_copyable<Record>::value && alignof(Record) == alignof(int32_t), "int32 fields only");
   void* data = nullptr;
   size_t length = 0;
   if (!read_typed_array(env, value, napi_int32_array, &data, &length)) return false;
-  const int32_t* first = static_cast<const int32_t*>(data);
-  if (length > 0) out->assign(first, first + length);
+  const Record* first = static_cast<const Record*>(data);
+  out->assign(first, first + length / (sizeof(Record) / sizeof(int32_t)));
   return true;
 }
 

@@ -32,22 +32,41 @@ function checkCount(name: string, value: number): void {
   }
 }
 
+/** Says what is wrong with the block at `i`. Apart from the loop, which then compiles to a few compares per block. */
+function blockViolation(blocks: Int32Array, i: number, blockSize: number, numBlocks: number): LaminaError {
+  const where = `blocks[${i / BLOCK_FIELDS}]`;
+  const physicalBlock = blocks[i]!;
+  if (physicalBlock < 0 || physicalBlock >= numBlocks) {
+    return violation(`${where} has physicalBlock ${physicalBlock}; this shard has ${numBlocks} blocks`);
+  }
+  const firstPosition = blocks[i + 1]!;
+  if (firstPosition < 0 || firstPosition % blockSize !== 0 || firstPosition > MAX_POSITION - blockSize) {
+    return violation(`${where} has firstPosition ${firstPosition}; it must be a multiple of ${blockSize}`);
+  }
+  return violation(`${where} has numTokens ${blocks[i + 2]!}; a block holds at most ${blockSize}`);
+}
+
 function checkBlocks(blocks: Int32Array, layout: KvLayout, numBlocks: number): void {
   const blockSize = layout.blockSizeTokens;
+  const lastPosition = MAX_POSITION - blockSize;
+  // A block right after the one before needs no division to be known as a multiple.
+  let expectedPosition = 0;
   for (let i = 0; i < blocks.length; i += BLOCK_FIELDS) {
-    const where = `blocks[${i / BLOCK_FIELDS}]`;
     const physicalBlock = blocks[i]!;
     const firstPosition = blocks[i + 1]!;
     const numTokens = blocks[i + 2]!;
-    if (physicalBlock < 0 || physicalBlock >= numBlocks) {
-      throw violation(`${where} has physicalBlock ${physicalBlock}; this shard has ${numBlocks} blocks`);
+    if (
+      physicalBlock < 0 ||
+      physicalBlock >= numBlocks ||
+      firstPosition < 0 ||
+      firstPosition > lastPosition ||
+      (firstPosition !== expectedPosition && firstPosition % blockSize !== 0) ||
+      numTokens < 0 ||
+      numTokens > blockSize
+    ) {
+      throw blockViolation(blocks, i, blockSize, numBlocks);
     }
-    if (firstPosition < 0 || firstPosition % blockSize !== 0 || firstPosition > MAX_POSITION - blockSize) {
-      throw violation(`${where} has firstPosition ${firstPosition}; it must be a multiple of ${blockSize}`);
-    }
-    if (numTokens < 0 || numTokens > blockSize) {
-      throw violation(`${where} has numTokens ${numTokens}; a block holds at most ${blockSize}`);
-    }
+    expectedPosition = firstPosition + blockSize;
   }
 }
 
@@ -56,30 +75,38 @@ function checkSegments(plan: CheckedPlan): Uint8Array {
   const numBlockRefs = blocks.length / BLOCK_FIELDS;
   const covered = new Uint8Array(numQueryRows);
   for (let i = 0; i < segments.length; i += SEGMENT_FIELDS) {
-    const where = `segments[${i / SEGMENT_FIELDS}]`;
     const queryRowStart = segments[i]!;
     const numQueries = segments[i + 1]!;
     const firstPosition = segments[i + 2]!;
     const blockStart = segments[i + 3]!;
     const numSegmentBlocks = segments[i + 4]!;
     if (queryRowStart < 0 || numQueries < 0 || queryRowStart + numQueries > numQueryRows) {
-      throw violation(`${where} covers rows ${queryRowStart} + ${numQueries} of ${numQueryRows}`);
+      throw violation(
+        `segments[${i / SEGMENT_FIELDS}] covers rows ${queryRowStart} + ${numQueries} of ${numQueryRows}`,
+      );
     }
     if (firstPosition < 0 || firstPosition > MAX_POSITION - numQueries) {
-      throw violation(`${where} has firstPosition ${firstPosition}`);
+      throw violation(`segments[${i / SEGMENT_FIELDS}] has firstPosition ${firstPosition}`);
     }
     if (blockStart < 0 || numSegmentBlocks < 0 || blockStart + numSegmentBlocks > numBlockRefs) {
-      throw violation(`${where} uses blocks ${blockStart} + ${numSegmentBlocks} of ${numBlockRefs}`);
+      throw violation(
+        `segments[${i / SEGMENT_FIELDS}] uses blocks ${blockStart} + ${numSegmentBlocks} of ${numBlockRefs}`,
+      );
     }
     for (let row = queryRowStart; row < queryRowStart + numQueries; row++) {
-      if (covered[row] === 1) throw violation(`${where} covers query row ${row}, which another segment has`);
+      if (covered[row] === 1)
+        throw violation(`segments[${i / SEGMENT_FIELDS}] covers query row ${row}, which another segment has`);
       covered[row] = 1;
     }
     let previous = -1;
-    for (let block = blockStart; block < blockStart + numSegmentBlocks; block++) {
-      const position = blocks[block * BLOCK_FIELDS + 1]!;
+    const end = (blockStart + numSegmentBlocks) * BLOCK_FIELDS;
+    for (let at = blockStart * BLOCK_FIELDS; at < end; at += BLOCK_FIELDS) {
+      const position = blocks[at + 1]!;
       if (position <= previous) {
-        throw violation(`blocks[${block}] has firstPosition ${position}, not above ${previous} before it in ${where}`);
+        const block = at / BLOCK_FIELDS;
+        throw violation(
+          `blocks[${block}] has firstPosition ${position}, not above ${previous} before it in segments[${i / SEGMENT_FIELDS}]`,
+        );
       }
       previous = position;
     }
@@ -88,14 +115,23 @@ function checkSegments(plan: CheckedPlan): Uint8Array {
 }
 
 function checkSlots(kvSlots: Int32Array, numSlots: number): void {
-  const seen = new Set<number>();
+  let previous = -1;
+  let isAscending = true;
   for (let row = 0; row < kvSlots.length; row++) {
     const slot = kvSlots[row]!;
     if (slot < 0 || slot >= numSlots) {
       throw violation(`kvSlots[${row}] is ${slot}; this shard has ${numSlots} slots`);
     }
-    seen.add(slot);
-    if (seen.size !== row + 1) throw violation(`kvSlots[${row}] is ${slot}, which an earlier row has`);
+    if (slot <= previous) isAscending = false;
+    previous = slot;
+  }
+  if (isAscending) return;
+  const sorted = kvSlots.slice().sort();
+  for (let i = 1; i < sorted.length; i++) {
+    const slot = sorted[i]!;
+    if (slot !== sorted[i - 1]) continue;
+    const row = kvSlots.indexOf(slot, kvSlots.indexOf(slot) + 1);
+    throw violation(`kvSlots[${row}] is ${slot}, which an earlier row has`);
   }
 }
 

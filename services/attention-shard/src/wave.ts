@@ -113,15 +113,19 @@ export class WaveStep {
   }
 }
 
+/** The plan has been checked: the blocks of a segment are in the order of their positions. */
 function countKvTokens(plan: StepPlan, windowTokens: number): number {
   const { segments, blocks } = plan;
   let numTokens = 0;
   for (let i = 0; i < segments.length; i += SEGMENT_FIELDS) {
-    const blockStart = segments[i + 3]!;
-    const blockEnd = blockStart + segments[i + 4]!;
+    const firstBlock = segments[i + 3]! * BLOCK_FIELDS;
     const oldest = windowTokens === 0 ? 0 : segments[i + 2]! - windowTokens + 1;
-    for (let at = blockStart * BLOCK_FIELDS; at < blockEnd * BLOCK_FIELDS; at += BLOCK_FIELDS)
-      if (blocks[at + 1]! + blocks[at + 2]! > oldest) numTokens += blocks[at + 2]!;
+    // From the newest block back, so that a window costs what it holds.
+    for (let at = firstBlock + (segments[i + 4]! - 1) * BLOCK_FIELDS; at >= firstBlock; at -= BLOCK_FIELDS) {
+      const numBlockTokens = blocks[at + 2]!;
+      if (blocks[at + 1]! + numBlockTokens > oldest) numTokens += numBlockTokens;
+      else if (numBlockTokens > 0) break;
+    }
   }
   return numTokens;
 }
