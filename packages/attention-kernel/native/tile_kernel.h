@@ -6,8 +6,8 @@
 //
 // Invariants
 // 1. Everything is in an unnamed namespace: two variants of one template must never be merged by the linker.
-// 2. The KV of a step (kStepTokens) is read from memory once per tile; while the first rows of the tile use it, the same
-//    rows of the next step are prefetched.
+// 2. The KV of a step (kStepTokens) is read from memory once per tile; while the first rows of the tile use it, that of
+//    the next step is prefetched, spread evenly over products and softmax.
 // 3. V rows past the valid tokens are never read: a stale NaN there must not reach 0 * NaN. Stale K lanes are masked.
 // 4. A row that sees no key ends with sum 0 and acc 0.
 // 5. Soft-cap and ALiBi cost one branch per piece when off; they come before the mask, so what stale lanes make of them
@@ -30,6 +30,9 @@ struct TileKernel {
     int32_t first_position;
     int32_t num_tokens;
     int32_t columns;
+
+    /** Bytes of a quarter of its K, and of its V. */
+    LAMINA_INLINE ptrdiff_t quarter(int head_dim) const { return ptrdiff_t(columns) * head_dim * ptrdiff_t(sizeof(T)) / 4; }
   };
 
   /** Walks the blocks of a task, one step at a time. */
@@ -67,12 +70,21 @@ struct TileKernel {
     }
   };
   static constexpr int kMaxPieces = kStepTokens / 8;
+  /** Rows of a register tile that make up one line of the cache. */
+  template <int RowBytes>
+  static constexpr int kRowsPerLine = RowBytes >= 64 ? 1 : 64 / RowBytes;
 
-  /** c[R][NV*W] (+)= a[R][depth] x b[depth][NV*W]; strides in elements. `ahead`: bytes from b to what is prefetched. */
+  /**
+   * c[R][NV*W] (+)= a[R][depth] x b[depth][NV*W]; strides in elements. One prefetch, `ahead_step` bytes after the last, goes
+   * with every 64 bytes of b: a burst of them would fill the line buffers, and the loads of b would wait behind it.
+   */
   template <int R, int NV, int LdA, int LdC, bool Accumulate>
-  static LAMINA_INLINE void micro(const float* a, int depth, const T* b, ptrdiff_t ldb, float* c, ptrdiff_t ahead) {
+  static LAMINA_INLINE void micro(const float* a, int depth, const T* b, ptrdiff_t ldb, float* c, const char* ahead,
+                                  ptrdiff_t ahead_step) {
     constexpr int U = R * NV == 1 ? 8 : R * NV <= 2 ? 4 : R * NV <= 4 ? 2 : 1;
     constexpr int kRowBytes = NV * W * int(sizeof(T));
+    constexpr int P = kRowsPerLine<kRowBytes>;
+    constexpr int S = U > P ? U : P;
     Reg sum[U][R][NV];
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++)
@@ -81,25 +93,28 @@ struct TileKernel {
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) sum[u][r][j] = Accumulate && u == 0 ? V::load(c + r * LdC + j * W) : V::zero();
     int i = 0;
-    for (; i + U <= depth; i += U) {
+    for (; i + S <= depth; i += S) {
 #pragma GCC unroll 8
-      for (int u = 0; u < U; u++) {
+      for (int s = 0; s < S; s++) {
         Reg row[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) row[j] = V::load(b + j * W);
+        if (s % P == 0) {
 #pragma GCC unroll 8
-        for (int line = 0; line < kRowBytes; line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + line, 0, V::kPrefetchLocality);
+          for (int line = 0; line < kRowBytes; line += 64)
+            __builtin_prefetch(ahead + line, 0, V::kPrefetchLocality);
+          ahead += ahead_step;
+        }
         b += ldb;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          const Reg x = V::broadcast(a + r * LdA + i + u);
+          const Reg x = V::broadcast(a + r * LdA + i + s);
 #pragma GCC unroll 8
-          for (int j = 0; j < NV; j++) sum[u][r][j] = V::fma(x, row[j], sum[u][r][j]);
+          for (int j = 0; j < NV; j++) sum[s % U][r][j] = V::fma(x, row[j], sum[s % U][r][j]);
         }
       }
     }
-    if (U > 1) {
+    if (S > 1) {
       for (; i < depth; i++) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
@@ -120,13 +135,25 @@ struct TileKernel {
       }
   }
 
-  /** The micro kernel over all columns, widest register tile first. */
+  /** The micro kernel over all columns, widest register tile first. `ahead`: bytes from b to what is prefetched. */
   template <int R, int NV, int LdA, int LdC, bool Accumulate>
   static LAMINA_INLINE void product(const float* a, int depth, const T* b, ptrdiff_t ldb, float* c, int columns,
                                     ptrdiff_t ahead) {
+    constexpr int kRowBytes = NV * W * int(sizeof(T));
     int j = 0;
-    for (; j + NV * W <= columns; j += NV * W)
-      micro<R, NV, LdA, LdC, Accumulate>(a, depth, b + j, ldb, c + j, ahead);
+    for (; j + NV * W <= columns; j += NV * W) {
+      const char* line = reinterpret_cast<const char*>(b) + ahead;
+      // Steps of 3/4 of a line cover the first three quarters; the last is prefetch_between's, or the next product's.
+      ptrdiff_t step = (kRowBytes > 64 ? kRowBytes : 64) * 3 / 4;
+      if (ldb == columns) {
+        // One run of memory: lines in their order, which the processor's own prefetcher likes best.
+        line += ptrdiff_t(depth) * j * ptrdiff_t(sizeof(T)) * 3 / 4;
+      } else {
+        line += j * int(sizeof(T)) / 64 * 64 + j % (64 / int(sizeof(T))) / (NV * W) * ldb * ptrdiff_t(sizeof(T));
+        step = kRowsPerLine<kRowBytes> * ldb * ptrdiff_t(sizeof(T));
+      }
+      micro<R, NV, LdA, LdC, Accumulate>(a, depth, b + j, ldb, c + j, line, step);
+    }
     if constexpr (NV > 1)
       if (j < columns) product<R, NV / 2, LdA, LdC, Accumulate>(a, depth, b + j, ldb, c + j, columns - j, ahead);
   }
@@ -173,6 +200,22 @@ struct TileKernel {
     V::store(sum, total);
   }
 
+  /**
+   * The share `part` of `num_parts` of what the products leave to the softmax: the last quarter of K and the first of V.
+   * Without it the line buffers would run empty while the processor computes exponentials.
+   */
+  static LAMINA_INLINE void prefetch_between(const Piece* next, int num_next, int head_dim, int part, int num_parts) {
+    for (int i = 0; i < num_next; i++) {
+      const ptrdiff_t quarter = next[i].quarter(head_dim);
+      const char* k = reinterpret_cast<const char*>(next[i].k) + 3 * quarter;
+      const char* v = reinterpret_cast<const char*>(next[i].v);
+      for (ptrdiff_t line = quarter * part / num_parts / 64 * 64; line < quarter * (part + 1) / num_parts; line += 64) {
+        __builtin_prefetch(k + line, 0, V::kPrefetchLocality);
+        __builtin_prefetch(v + line, 0, V::kPrefetchLocality);
+      }
+    }
+  }
+
   /** R rows of the tile against one step of KV. */
   template <int R>
   static __attribute__((noinline)) void rows(const TileTask& task, const Scratch& scratch, int row0, const Piece* pieces,
@@ -217,9 +260,11 @@ struct TileKernel {
         for (int t = visible; t < piece.columns; t++) scores[r * kScoreStride + t] = -__builtin_inff();
       }
     }
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+      prefetch_between(next, num_next, head_dim, r, R);
       softmax(scratch.scores + r * kScoreStride, columns, scratch.maximum + row0 + r,
               scratch.sum + (row0 + r) * kMaxLanes, acc + r * kRowStride, head_dim);
+    }
     columns = 0;
     for (int i = 0; i < num_pieces; i++) {
       const Piece& piece = pieces[i];
@@ -230,8 +275,9 @@ struct TileKernel {
       int hidden = oldest - piece.first_position;
       if (hidden < 0) hidden = 0;
       if (tokens <= hidden) continue;
-      const ptrdiff_t ahead =
-          i < num_next ? reinterpret_cast<const char*>(next[i].v) - reinterpret_cast<const char*>(piece.v) : 0;
+      const ptrdiff_t ahead = i < num_next ? reinterpret_cast<const char*>(next[i].v) -
+                                                 reinterpret_cast<const char*>(piece.v) + next[i].quarter(head_dim)
+                                           : 0;
       product<R, NV, kScoreStride, kRowStride, true>(p + hidden, tokens - hidden, piece.v + ptrdiff_t(hidden) * head_dim,
                                                         head_dim, acc, head_dim, ahead);
     }
