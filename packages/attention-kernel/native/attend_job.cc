@@ -95,7 +95,7 @@ static void merge_group(const Engine& engine, const Job& job, const Group& group
   }
 }
 
-void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const Scratch& scratch) {
+static void run_attend_unit(const Engine& engine, const Job& job, int32_t index, int32_t end, const Scratch& scratch) {
   Step& step = *job.step;
   const KvShape& shape = engine.shape;
   Division& division = engine.division_of(job);
@@ -109,6 +109,15 @@ void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const 
   task.v_offset_bytes = engine.slab->half_bytes();
   task.blocks = step.blocks.data() + unit.block_begin;
   task.num_blocks = unit.block_end - unit.block_begin;
+  task.next_kv = nullptr;
+  task.next_blocks = nullptr;
+  task.next_num_blocks = 0;
+  if (index + 1 < end) {
+    const Unit& next = division.units[index + 1];
+    task.next_kv = engine.slab->head(job.layer, division.groups[next.group].kv_head);
+    task.next_blocks = step.blocks.data() + next.block_begin;
+    task.next_num_blocks = next.block_end - next.block_begin;
+  }
   task.row_begin = group.row_begin;
   task.num_rows = group.num_rows;
   task.group = shape.num_heads / shape.num_kv_heads;
@@ -150,6 +159,10 @@ void run_attend_unit(const Engine& engine, const Job& job, int32_t index, const 
     merge_group(engine, job, group);
     pending.store(group.num_units, std::memory_order_relaxed);
   }
+}
+
+void run_attend_units(const Engine& engine, const Job& job, int32_t begin, int32_t end, const Scratch& scratch) {
+  for (int32_t unit = begin; unit < end; unit++) run_attend_unit(engine, job, unit, end, scratch);
 }
 
 }  // namespace lamina

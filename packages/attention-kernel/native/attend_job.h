@@ -49,6 +49,7 @@ class WorkerScratch {
 };
 
 void run_store_unit(const Engine& engine, const Job& job, int32_t unit);
-void run_attend_unit(const Engine& engine, const Job& job, int32_t unit, const Scratch& scratch);
+/** Units [begin, end): one after the other, so that each can prefetch the first KV of the next. */
+void run_attend_units(const Engine& engine, const Job& job, int32_t begin, int32_t end, const Scratch& scratch);
 
 }  // namespace lamina

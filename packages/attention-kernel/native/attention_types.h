@@ -54,6 +54,10 @@ struct TileTask {
   size_t v_offset_bytes;
   const BlockRef* blocks;
   int32_t num_blocks;
+  /** As kv, blocks and num_blocks, of what the same thread attends to next: only prefetched. 0 blocks if unknown. */
+  const uint8_t* next_kv;
+  const BlockRef* next_blocks;
+  int32_t next_num_blocks;
   int32_t row_begin;
   int32_t num_rows;
   int32_t group;

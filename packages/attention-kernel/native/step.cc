@@ -10,6 +10,8 @@ namespace lamina {
 static constexpr int64_t kStoreUnitElements = 32768;
 /** Units per thread that a step is cut into, so that threads finish together. */
 static constexpr int64_t kUnitsPerThread = 6;
+/** KV tokens of one head for which a thread is woken: some twenty microseconds of fp16 with head_dim 64. */
+static constexpr int64_t kMinWorkerTokens = 1024;
 /** A block range is never cut shorter than this; a merge must stay cheap beside it. */
 static constexpr int64_t kMinUnitTokens = 512;
 
@@ -69,6 +71,7 @@ static size_t divide(Division& division, const Step& step, const KvShape& shape,
       }
     }
   }
+  division.num_workers = int32_t(std::max<int64_t>(1, std::min<int64_t>(num_threads, total_tokens / kMinWorkerTokens)));
   const std::vector<Group>& groups = division.groups;
   division.pending.reset(new std::atomic<int32_t>[std::max<size_t>(1, groups.size())]);
   for (size_t i = 0; i < groups.size(); i++) division.pending[i].store(groups[i].num_units);
@@ -88,7 +91,7 @@ Step::Step(const KvShape& shape, const ScoreRules& rules, int32_t num_threads, i
   num_store_units = (num_kv_rows + rows_per_store_unit - 1) / rows_per_store_unit;
   size_t partial_floats = 0;
   for (const int32_t window_tokens : rules.windows) {
-    divisions.push_back({window_tokens, {}, {}, nullptr});
+    divisions.push_back({window_tokens, {}, {}, 1, nullptr});
     partial_floats = std::max(partial_floats, divide(divisions.back(), *this, shape, num_threads));
   }
   partials.resize(partial_floats);

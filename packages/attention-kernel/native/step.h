@@ -48,6 +48,8 @@ struct Division {
   int32_t window_tokens;
   std::vector<Group> groups;
   std::vector<Unit> units;
+  /** Threads that are worth waking: below, more of them cost more than they save. */
+  int32_t num_workers;
   /** Units of each group that have not finished in the current attend. */
   std::unique_ptr<std::atomic<int32_t>[]> pending;
 };

@@ -38,8 +38,10 @@ struct TileKernel {
   /** Walks the blocks of a task, one step at a time. */
   struct Cursor {
     const TileTask* task;
-    int32_t block;
+    const uint8_t* kv;
+    const BlockRef* blocks;
     int32_t num_blocks;
+    int32_t block;
     int32_t offset;
 
     LAMINA_INLINE int fill(Piece* pieces) {
@@ -50,8 +52,8 @@ struct TileKernel {
         int width = bs - offset;
         if (width > kStepTokens) width = kStepTokens;
         if (columns + width > kStepTokens) break;
-        const BlockRef& ref = task->blocks[block];
-        const uint8_t* base = task->kv + size_t(ref.physical_block) * task->block_stride_bytes;
+        const BlockRef& ref = blocks[block];
+        const uint8_t* base = kv + size_t(ref.physical_block) * task->block_stride_bytes;
         Piece& piece = pieces[count++];
         piece.k = reinterpret_cast<const T*>(base) + offset;
         piece.v = reinterpret_cast<const T*>(base + task->v_offset_bytes) + ptrdiff_t(offset) * task->head_dim;
@@ -275,9 +277,10 @@ struct TileKernel {
       int hidden = oldest - piece.first_position;
       if (hidden < 0) hidden = 0;
       if (tokens <= hidden) continue;
-      const ptrdiff_t ahead = i < num_next ? reinterpret_cast<const char*>(next[i].v) -
-                                                 reinterpret_cast<const char*>(piece.v) + next[i].quarter(head_dim)
-                                           : 0;
+      ptrdiff_t ahead = 0;
+      if (i < num_next)
+        ahead = reinterpret_cast<const char*>(next[i].v) - reinterpret_cast<const char*>(piece.v) +
+                next[i].quarter(head_dim);
       product<R, NV, kScoreStride, kRowStride, true>(p + hidden, tokens - hidden, piece.v + ptrdiff_t(hidden) * head_dim,
                                                         head_dim, acc, head_dim, ahead);
     }
@@ -290,7 +293,8 @@ struct TileKernel {
       for (int j = 0; j < W; j += W) V::store(scratch.sum + r * kMaxLanes, V::zero());
       for (int j = 0; j < task.head_dim; j += W) V::store(scratch.acc + r * kRowStride + j, V::zero());
     }
-    Cursor cursor{&task, 0, task.num_blocks, 0};
+    Cursor cursor{&task, task.kv, task.blocks, task.num_blocks, 0, 0};
+    Cursor after{&task, task.next_kv, task.next_blocks, task.next_num_blocks, 0, 0};
     const int32_t last_position = position(task, num_rows - 1);
     while (cursor.num_blocks > 0 && task.blocks[cursor.num_blocks - 1].first_position > last_position)
       cursor.num_blocks--;
@@ -301,8 +305,10 @@ struct TileKernel {
       const Piece* pieces = buffers[current];
       const Piece* next = buffers[1 - current];
       const int num_next = cursor.fill(buffers[1 - current]);
+      // The last step prefetches the first one of the next task.
+      const int num_ahead = num_next > 0 ? num_next : after.fill(buffers[1 - current]);
       for (int row = 0; row < num_rows; row += kChunkRows) {
-        const int ahead = row == 0 ? num_next : 0;
+        const int ahead = row == 0 ? num_ahead : 0;
         switch (num_rows - row) {
           case 1: rows<1>(task, scratch, row, pieces, count, next, ahead); break;
           case 2: rows<2>(task, scratch, row, pieces, count, next, ahead); break;

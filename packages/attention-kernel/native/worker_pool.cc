@@ -1,9 +1,13 @@
 // Owns the worker threads and the FIFO of jobs (see worker_pool.h).
 #include "worker_pool.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace lamina {
+
+/** Claims that each thread could still make of what is left: many units at first, single ones at the end. */
+static constexpr int32_t kClaimsPerThread = 4;
 
 WorkerPool::WorkerPool(const Engine& engine, int32_t num_threads, std::function<void(uint32_t)> on_done)
     : engine_(engine), on_done_(std::move(on_done)), scratch_(size_t(num_threads)) {
@@ -33,10 +37,12 @@ void WorkerPool::submit(Job job) {
   jobs_.push_back(std::move(job));
   if (phase_ != Phase::kIdle) return;
   advance();
-  if (num_units_ == 1) changed_.notify_one();
+  // advance() counts on its caller to work, and this one does not.
+  if (phase_ != Phase::kIdle) changed_.notify_one();
 }
 
 void WorkerPool::advance() {
+  int32_t num_workers = 0;
   for (;;) {
     if (phase_ == Phase::kAttend) {
       on_done_(jobs_.front().id);
@@ -47,15 +53,18 @@ void WorkerPool::advance() {
       if (jobs_.empty()) return;
       phase_ = Phase::kStore;
       num_units_ = jobs_.front().step->num_store_units;
+      num_workers = num_units_;
     } else {
+      const Division& division = engine_.division_of(jobs_.front());
       phase_ = Phase::kAttend;
-      num_units_ = int32_t(engine_.division_of(jobs_.front()).units.size());
+      num_units_ = int32_t(division.units.size());
+      num_workers = division.num_workers;
     }
     next_unit_ = 0;
     finished_units_ = 0;
     if (num_units_ > 0) break;
   }
-  if (num_units_ > 1) changed_.notify_all();
+  for (int32_t i = 1; i < std::min(num_workers, num_threads()); i++) changed_.notify_one();
 }
 
 void WorkerPool::run(int32_t worker) {
@@ -64,17 +73,20 @@ void WorkerPool::run(int32_t worker) {
   for (;;) {
     changed_.wait(lock, [this] { return stopping_ || has_unit(); });
     if (stopping_) return;
-    const int32_t unit = next_unit_++;
+    const int32_t begin = next_unit_;
+    const int32_t end = begin + std::max(1, (num_units_ - begin) / (num_threads() * kClaimsPerThread));
+    next_unit_ = end;
     const Phase phase = phase_;
     // The front job stays in place until all its units, this one included, have finished.
     const Job& job = jobs_.front();
     lock.unlock();
     if (phase == Phase::kStore)
-      run_store_unit(engine_, job, unit);
+      for (int32_t unit = begin; unit < end; unit++) run_store_unit(engine_, job, unit);
     else
-      run_attend_unit(engine_, job, unit, scratch);
+      run_attend_units(engine_, job, begin, end, scratch);
     lock.lock();
-    if (++finished_units_ == num_units_) advance();
+    finished_units_ += end - begin;
+    if (finished_units_ == num_units_) advance();
   }
 }
 

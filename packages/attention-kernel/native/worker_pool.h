@@ -2,9 +2,10 @@
 //
 // Invariants
 // 1. One job runs at a time, in two phases: store, then attend. A phase starts when every unit of the last has finished.
-// 2. Units are claimed under the mutex: they last tens of microseconds, a claim tens of nanoseconds, and there are no
-//    claims of a past phase to guard against.
-// 3. An idle worker sleeps on the condition variable; a phase with one unit wakes nobody.
+// 2. Units are claimed under the mutex, several at a time while many are left: a claim costs tens of nanoseconds, and
+//    there are no claims of a past phase to guard against.
+// 3. An idle worker sleeps on the condition variable; a phase wakes as many as its work is worth, and a worker that starts
+//    one works on it itself.
 // 4. `on_done` is called in FIFO order, from a worker, with the mutex held: it must only hand the id over.
 #pragma once
 #include <condition_variable>
@@ -35,7 +36,10 @@ class WorkerPool {
 
   void run(int32_t worker);
   void stop();
-  /** Moves to the next phase that has units, through finished jobs. The caller holds the mutex and takes a lone unit. */
+  /**
+   * Moves to the next phase that has units, through finished jobs, and wakes all but one of the workers that it is worth.
+   * The caller holds the mutex, and is or wakes that one.
+   */
   void advance();
   bool has_unit() const { return phase_ != Phase::kIdle && next_unit_ < num_units_; }
 

@@ -98,8 +98,7 @@ Result play(const Case& c, const SimdKernel* simd) {
   const Job job{0, c.step, 0, reinterpret_cast<const uint8_t*>(c.qkv.data()),
                 reinterpret_cast<uint8_t*>(result.out.data())};
   for (int32_t unit = 0; unit < c.step->num_store_units; unit++) run_store_unit(engine, job, unit);
-  for (size_t unit = 0; unit < engine.division_of(job).units.size(); unit++)
-    run_attend_unit(engine, job, int32_t(unit), scratch.view());
+  run_attend_units(engine, job, 0, int32_t(engine.division_of(job).units.size()), scratch.view());
   result.slab.assign(slab.data(), slab.data() + slab.num_bytes());
   return result;
 }
