@@ -10,10 +10,10 @@
 #include <new>
 #include <system_error>
 
-#include "bare_read.h"
 #include "cpu_dispatch.h"
 #include "napi_values.h"
 #include "worker_pool.h"
+#include "yardsticks.h"
 
 namespace lamina {
 namespace {
@@ -256,6 +256,17 @@ napi_value measure_bare_read(napi_env env, napi_callback_info info) {
   return seconds;
 }
 
+/** measurePeakFlops(kernel): floating-point operations per second of one core with this kernel's instructions. */
+napi_value measure_peak_flops(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  if (!read_arguments(env, info, 1, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  napi_value flops;
+  napi_create_double(env, peak_flops(*kernel->engine.simd), &flops);
+  return flops;
+}
+
 /** supportedSimd(): names that `simd` of create may have on this processor, fastest first. */
 napi_value supported_simd(napi_env env, napi_callback_info) {
   napi_value list;
@@ -280,7 +291,8 @@ NAPI_MODULE_INIT() {
   } functions[] = {{"create", create},       {"kernelName", kernel_name},
                    {"beginStep", begin_step}, {"attend", attend},
                    {"endStep", end_step},     {"close", close},
-                   {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read}};
+                   {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read},
+                   {"measurePeakFlops", measure_peak_flops}};
   for (const auto& entry : functions) {
     napi_value function;
     if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||

@@ -112,6 +112,8 @@ struct SimdKernel {
   void (*store_f32)(const StoreTask&);
   /** Reads every byte (a multiple of 256, 64-byte aligned) and adds it up: the bandwidth that attention is measured against. */
   float (*bare_read)(const uint8_t* bytes, size_t num_bytes);
+  /** Floating-point operations of `num_rounds` rounds of register-only multiply-adds: the peak that prefill is measured against. */
+  double (*multiply_add)(int64_t num_rounds);
 };
 
 #if defined(__x86_64__)

@@ -350,6 +350,25 @@ float bare_read(const uint8_t* bytes, size_t num_bytes) {
   return V::reduce_max(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
 }
 
+/** Does `num_rounds` x 12 independent multiply-adds per lane and nothing else; returns how many floating-point operations. */
+template <class V>
+double multiply_add(int64_t num_rounds) {
+  // 12 sums and 2 operands fit into 16 registers and hide the latency of two units.
+  constexpr int kSums = 12;
+  typename V::Reg sum[kSums];
+  for (int j = 0; j < kSums; j++) sum[j] = V::set1(float(j));
+  const typename V::Reg x = V::set1(0.5f);
+  const typename V::Reg y = V::set1(0.25f);
+  for (int64_t round = 0; round < num_rounds; round++) {
+#pragma GCC unroll 12
+    for (int j = 0; j < kSums; j++) sum[j] = V::fma(sum[j], x, y);
+  }
+  for (int j = 1; j < kSums; j++) sum[0] = V::add(sum[0], sum[j]);
+  volatile float sink = V::reduce_max(sum[0]);
+  (void)sink;
+  return 2.0 * kSums * V::kLanes * double(num_rounds);
+}
+
 #define LAMINA_DEFINE_KERNEL(SYMBOL, NAME, SIMD, V)                                                       \
   const SimdKernel SYMBOL = {NAME,                                                                        \
                              SIMD,                                                                        \
@@ -358,7 +377,8 @@ float bare_read(const uint8_t* bytes, size_t num_bytes) {
                              TileKernel<V, float>::attend_tile,                                           \
                              TileKernel<V, V::Half>::store,                                               \
                              TileKernel<V, float>::store,                                                 \
-                             bare_read<V>};
+                             bare_read<V>,                                                                \
+                             multiply_add<V>};
 
 }  // namespace
 }  // namespace lamina

@@ -56,6 +56,8 @@ export interface NativeAddon {
   supportedSimd(): string[];
   /** Seconds to read the first numBytes of the slab and add them up: the yardstick of bench/read-bandwidth.mjs. */
   measureBareRead(kernel: NativeKernelHandle, numBytes: number, numThreads: number): number;
+  /** Floating-point operations per second of one core that does nothing but multiply-adds. */
+  measurePeakFlops(kernel: NativeKernelHandle): number;
 }
 
 const FUNCTION_NAMES = [
@@ -67,6 +69,7 @@ const FUNCTION_NAMES = [
   'close',
   'supportedSimd',
   'measureBareRead',
+  'measurePeakFlops',
 ] as const satisfies readonly (keyof NativeAddon)[];
 
 function isNativeAddon(module: unknown): module is NativeAddon {

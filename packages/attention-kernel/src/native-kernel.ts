@@ -46,6 +46,11 @@ export class NativeKernel extends KernelBase<NativeStepHandle> {
     return this.#addon.measureBareRead(this.#handle, numBytes, numThreads);
   }
 
+  /** Floating-point operations per second of one core that does nothing but multiply-adds; blocks for milliseconds. */
+  measurePeakFlops(): number {
+    return this.#addon.measurePeakFlops(this.#handle);
+  }
+
   protected override makeState(checked: CheckedPlan): NativeStepHandle {
     const { numQueryRows, numKvRows, segments, blocks, kvSlots } = checked;
     return this.#addon.beginStep(this.#handle, numQueryRows, numKvRows, segments, blocks, kvSlots);

@@ -1,4 +1,4 @@
-// Owns the yardstick of the kernel: how fast this machine reads memory when it does nothing else with it.
+// Owns the yardsticks of the kernel: how fast this machine reads memory, and multiplies and adds, when it does nothing else.
 #pragma once
 #include <chrono>
 #include <thread>
@@ -22,6 +22,13 @@ inline double bare_read_seconds(const SimdKernel& simd, const uint8_t* data, siz
   volatile float sink = 0;
   for (float sum : sums) sink = sink + sum;
   return seconds;
+}
+
+/** Floating-point operations per second of one core, from some milliseconds of multiply-adds; the caller waits. */
+inline double peak_flops(const SimdKernel& simd) {
+  const auto start = std::chrono::steady_clock::now();
+  const double operations = simd.multiply_add(int64_t(1) << 20);
+  return operations / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace lamina
