@@ -220,7 +220,7 @@ test.each<[string, readonly Harm[]]>([
 ])(
   'messages of the tensor plane are %s',
   async (name, harms) => {
-    await start();
+    await start({ settings: { tensorChecksum: 'all' } });
     const random = new Random(seed + harms.length);
     const proxy = await TensorProxy.start({ serverPort: tested.natsPort, random, harms, rate: 0.002 });
     cleanUp.push(() => proxy.stop());

@@ -6,7 +6,8 @@
  *    reads the received chunk and writes behind the header of the answer.
  * 2. Whatever comes in, the plane goes on: a frame that cannot be used is counted, and answered with a failure where
  *    the sender is known.
- * 3. A layer that is in flight is not started again; another layer of the same wave is a violation.
+ * 3. A layer that is in flight or answered is not started again; another one while one is in flight is a violation.
+ * 4. A plan that comes again, or after a later one of its wave, changes nothing.
  */
 import type { AttentionKernel } from '@lamina/attention-kernel';
 import {
@@ -111,6 +112,7 @@ export class TensorPlane {
   #attend(frame: Uint8Array, header: FrameHeader, step: WaveStep | undefined): void {
     const { layer } = header;
     if (step === undefined || step.stepId !== header.stepId) throw unknownStep(header, step);
+    if (layer <= step.layerAnswered) return;
     if (step.layerInFlight >= 0) {
       if (step.layerInFlight === layer) return;
       throw new LaminaError('protocol_violation', `layer ${layer} came while layer ${step.layerInFlight} is in flight`);
@@ -138,7 +140,7 @@ export class TensorPlane {
     const stats = this.#stats;
     stats.queueDepth--;
     step.header.layer = step.layerInFlight;
-    step.layerAnswered();
+    step.endLayer(error === null);
     if (step.isEnded) return;
     if (error !== null) {
       this.#refuse(step.header, step.replySubject, error);
@@ -162,6 +164,9 @@ export class TensorPlane {
       );
     const body = this.#joinPlan(frame, header);
     if (body === undefined) return;
+    const current = this.#origins.find(header.originId, header.waveIndex);
+    // Step ids count up and wrap at 32 bits.
+    if (current !== undefined && ((header.stepId - current.stepId) | 0) <= 0) return;
     const plan = decodeStepPlan(body);
     this.#origins.replace(
       header.originId,

@@ -102,8 +102,13 @@ export class WaveStep {
     return this.#numKvTokens.get(this.#windowTokens?.[layer] ?? 0) ?? 0;
   }
 
-  layerAnswered(): void {
-    this.#layerAnswered = this.layerInFlight;
+  /** The last layer that was answered; layers come in order. */
+  get layerAnswered(): number {
+    return this.#layerAnswered;
+  }
+
+  endLayer(isAnswered: boolean): void {
+    if (isAnswered) this.#layerAnswered = this.layerInFlight;
     this.layerInFlight = -1;
   }
 

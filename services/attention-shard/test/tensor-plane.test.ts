@@ -197,8 +197,8 @@ test('a layer that was damaged on its way is refused to its step at once, and th
   sendPlan();
   const intact = sendLayer(0, { isBodyChecked: true });
   expect(kernel.attends).toHaveLength(1);
-  kernel.attends[0]!.done(null);
-  expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.partial, isBodyChecked: true });
+  kernel.attends[0]!.done(new Error('to be tried again'));
+  sent.length = 0;
   for (const at of [8, 28, intact.length - 1]) {
     const damaged = Uint8Array.from(intact);
     damaged[at]! ^= 4;
@@ -213,5 +213,24 @@ test('a layer that was damaged on its way is refused to its step at once, and th
   ]);
   expect(unpackMessage(failures[0]!.data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable' });
   plane.onMessage({ data: intact, reply: undefined });
+  expect(kernel.attends).toHaveLength(2);
+  kernel.attends[1]!.done(null);
+  expect(sent.at(-1)!.header).toMatchObject({ kind: FRAME_KIND.partial, isBodyChecked: true });
+});
+
+test('what comes again after its answer, or is older than what is known, changes nothing', () => {
+  const { kernel, sent, sendPlan, sendLayer, plane } = setUp();
+  sendPlan();
+  const layer = sendLayer(0);
+  kernel.attends[0]!.done(null);
+  plane.onMessage({ data: layer, reply: undefined });
+  sendPlan();
+  sendPlan({ stepId: 0 });
+  plane.onMessage({ data: layer, reply: undefined });
+  expect([kernel.attends.length, sent.length]).toEqual([1, 1]);
+  // The step goes on where it was.
+  sendLayer(1);
+  expect(kernel.attends).toHaveLength(2);
+});
   expect(kernel.attends).toHaveLength(2);
 });
