@@ -40,6 +40,8 @@ const SETTINGS: ServiceSettings = {
   maxRunningRequests: '8',
 };
 const LOG_LINES = 600;
+/** More than the full disk has: it is the disk that refuses then, not a limit of the server. */
+const MAX_STORE_BYTES = 8 * 1024 ** 3;
 
 const numberOf = (service: Service): number => LAYOUT.find(([each]) => each === service)?.[1] ?? 0;
 
@@ -71,7 +73,7 @@ export class ChaosCluster {
     const storeDir = options.storeDir ?? mkdtempSync(join(tmpdir(), 'lamina-chaos-'));
     const environment = processEnvironment();
     const binary = natsServerOf(environment);
-    const nats = await startNatsServer({ storeDir, binary });
+    const nats = await startNatsServer({ storeDir, binary, maxStoreBytes: MAX_STORE_BYTES });
     const lines: string[] = [];
     const watchers = new Set<(line: string) => void>();
     const cluster = await startCluster({
@@ -153,7 +155,8 @@ export class ChaosCluster {
 
   async startNats(): Promise<void> {
     const { port } = this.#nats;
-    this.#nats = await startNatsServer({ storeDir: this.storeDir, port, binary: natsServerOf(processEnvironment()) });
+    const binary = natsServerOf(processEnvironment());
+    this.#nats = await startNatsServer({ storeDir: this.storeDir, port, binary, maxStoreBytes: MAX_STORE_BYTES });
   }
 
   /** Kills every process, nats-server too, as a power cut does. */

@@ -258,6 +258,9 @@ test.skipIf(!canMount())(
       writeFileSync(fill, Buffer.alloc(Math.max(0, bavail * bsize - 4_096)));
       await sleep(5_000);
       rmSync(fill);
+      // nats-server gives JetStream up on a full disk, and takes it on again only when it is started again.
+      await tested.killNats();
+      await tested.startNats();
       return undefined;
     });
   },

@@ -142,7 +142,7 @@ export class Workload {
       while (next < this.#requests.length || (next < atMost && !isOver())) {
         const index = next++;
         answers[index] = await this.#answer(
-          `${name.replaceAll(' ', '-')}-${index}`,
+          `${name.replaceAll(/\W+/g, '-')}-${index}`,
           this.#requests[index % this.#requests.length]!,
         );
       }

@@ -18,6 +18,8 @@ export interface NatsServerOptions {
   readonly port?: number;
   /** Kept when given; default: a temporary one. */
   readonly storeDir?: string;
+  /** What JetStream thinks that it may store, whatever the disk holds; default: its own guess. */
+  readonly maxStoreBytes?: number;
   /** Largest message that the server takes; default 1 MiB. */
   readonly maxPayloadBytes?: number;
   /** Subjects that nobody may publish on. */
@@ -41,6 +43,7 @@ const START_TIMEOUT_MS = 10_000;
 export async function startNatsServer(options: NatsServerOptions = {}): Promise<NatsServer> {
   const workDir = mkdtempSync(join(tmpdir(), 'lamina-nats-'));
   const configPath = join(workDir, 'nats.conf');
+  const storeLimit = options.maxStoreBytes === undefined ? '' : `, max_file_store: ${options.maxStoreBytes}`;
   writeFileSync(
     configPath,
     [
@@ -54,7 +57,7 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
               `${JSON.stringify(options.denyPublish)} } } } ] }`,
             'no_auth_user: "all"',
           ]),
-      `jetstream { store_dir: ${JSON.stringify(options.storeDir ?? join(workDir, 'store'))} }`,
+      `jetstream { store_dir: ${JSON.stringify(options.storeDir ?? join(workDir, 'store'))}${storeLimit} }`,
       options.configuration ?? '',
     ].join('\n'),
   );

@@ -232,5 +232,3 @@ test('what comes again after its answer, or is older than what is known, changes
   sendLayer(1);
   expect(kernel.attends).toHaveLength(2);
 });
-  expect(kernel.attends).toHaveLength(2);
-});
