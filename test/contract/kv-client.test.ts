@@ -48,7 +48,7 @@ beforeEach(async () => {
           layout: { ...SPEC, blockSizeTokens: 16, kvDtype: 'f32' },
           heartbeatIntervalMs: HEARTBEAT_MS,
           heartbeatTimeoutMs: TIMEOUT_MS,
-          known: true,
+          registration: 1,
           voidRequestIds: [],
           takenOverRequestIds: [],
           ...answer.heartbeat,
@@ -160,7 +160,7 @@ test('tables that are void, lost or taken over are told apart', async () => {
   await eventually(() => (events.length >= 2 ? true : undefined));
   expect(events.slice(0, 3).filter((event) => event !== 'leaseRenewed')).toEqual(['void ["a"]', 'takenOver ["b"]']);
   events.length = 0;
-  answer.heartbeat = { known: false, voidRequestIds: ['a'] };
+  answer.heartbeat = { registration: 2, voidRequestIds: ['a'] };
   await eventually(() => (events.includes('tablesVoid') ? true : undefined));
   expect(events.filter((event) => event.startsWith('void')).length).toBeLessThan(2);
 });

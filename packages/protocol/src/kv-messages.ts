@@ -22,8 +22,11 @@ export const executorHeartbeatReplySchema = z.object({
   heartbeatIntervalMs: z.int().min(1),
   /** Silence after which the executor counts as lost: without an answered heartbeat for so long it must not write KV. */
   heartbeatTimeoutMs: z.int().min(1),
-  /** false when this heartbeat registered the executor: whatever tables it had before are gone, it must drop them. */
-  known: z.boolean(),
+  /**
+   * Another number than before: the executor was lost and is registered anew, so whatever tables it had are gone and it
+   * must drop them. Every reply says so, since the first one may be lost.
+   */
+  registration: z.int().min(1),
   /** Requests of this executor whose table is void because a shard of it was lost. */
   voidRequestIds: z.array(idSchema),
   /** Requests of this executor that another one has taken over: it must drop them without a word. */

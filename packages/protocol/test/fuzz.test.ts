@@ -188,7 +188,14 @@ test('messages of the kv-manager', () => {
     [ENDPOINTS.executorHeartbeat.request, { executorId: 'e1', modelId: 'm', spec: SPEC }],
     [
       ENDPOINTS.executorHeartbeat.reply,
-      { ...heartbeat, layout, heartbeatTimeoutMs: 9, voidRequestIds: ['a', 'b'], takenOverRequestIds: ['c'] },
+      {
+        ...heartbeat,
+        layout,
+        heartbeatTimeoutMs: 9,
+        voidRequestIds: ['a', 'b'],
+        takenOverRequestIds: ['c'],
+        registration: 1,
+      },
     ],
     [ENDPOINTS.executorLeave.request, { executorId: 'e1' }],
     [ENDPOINTS.shardHeartbeat.request, { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null }],

@@ -355,6 +355,8 @@ export const LAUNCHER_VARIABLES: Readonly<Record<`LAMINA_${string}`, string>> = 
   LAMINA_KV_MANAGER_MEMORY: 'Compose: memory limit of the kv-manager.',
   LAMINA_NATS_MEMORY: 'Compose: memory limit of nats.',
   LAMINA_OFFLINE_IMAGES: 'Tests: build the containers on images that are made from this machine.',
+  LAMINA_PROPERTIES:
+    'Tests: `long` runs 100,000 random sequences of events on the block tables and on the request machine.',
   LAMINA_FUZZ: 'Tests: `long` sends a million mutated messages to the decoders, 10,000 to each subject of a cluster.',
   LAMINA_E2E_REQUIRED: 'Tests: a missing Docker Engine is a failure, not a skip.',
 };

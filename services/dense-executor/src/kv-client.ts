@@ -27,7 +27,7 @@ export interface KvEvents {
 }
 
 export interface KvClientOptions {
-  readonly bus: Bus;
+  readonly bus: Pick<Bus, 'request' | 'onEvent'>;
   readonly executorId: string;
   readonly modelId: string;
   readonly spec: AttentionSpec;
@@ -47,6 +47,7 @@ export class KvClient {
   readonly #options: KvClientOptions;
   readonly #events: KvEvents;
   #managerEpoch: string | undefined;
+  #registration: number | undefined;
   #layout: KvLayout | undefined;
   #timer: NodeJS.Timeout | undefined;
   #isStopped = false;
@@ -98,8 +99,11 @@ export class KvClient {
       this.#isManagerSilent = false;
       const isChanged =
         this.#layout !== undefined &&
-        (!reply.known || this.#managerEpoch !== reply.managerEpoch || !sameKvLayout(this.#layout, reply.layout));
+        (this.#registration !== reply.registration ||
+          this.#managerEpoch !== reply.managerEpoch ||
+          !sameKvLayout(this.#layout, reply.layout));
       this.#managerEpoch = reply.managerEpoch;
+      this.#registration = reply.registration;
       this.#layout = reply.layout;
       const hadLease = this.holdsLease;
       lease.renew(markNs, reply.heartbeatTimeoutMs, isChanged);

@@ -20,7 +20,7 @@ const tokenizer = await loadTokenizer(MODEL);
 const description = await readModel(MODEL);
 
 export const BLOCK = 16;
-const LAYOUT: KvLayout = { ...description.attention, blockSizeTokens: BLOCK, kvDtype: 'f32' };
+export const LAYOUT: KvLayout = { ...description.attention, blockSizeTokens: BLOCK, kvDtype: 'f32' };
 
 /** A call that waits for the test to answer it. */
 export interface KvCall {

@@ -45,6 +45,7 @@ export interface KvManagerEvents {
 }
 
 interface Executor {
+  readonly registration: number;
   readonly modelId: string;
   readonly spec: AttentionSpec;
   /** Live and void, by request id. */
@@ -78,6 +79,7 @@ export class KvManager {
   readonly #liveTables = new Map<string, BlockTable>();
   #layout: KvLayout | null = null;
   #modelId: string | null = null;
+  #numRegistrations = 0;
 
   constructor(options: KvManagerOptions) {
     this.#options = options;
@@ -105,9 +107,9 @@ export class KvManager {
     if (former === undefined) this.#adoptModel(modelId, spec);
     else if (former.modelId !== modelId || !sameAttentionSpec(former.spec, spec))
       throw otherModel(modelId, spec, former.modelId, former.spec);
-    const { tables } = this.#executors.hear(executorId, this.#options.nowMs(), () => {
+    const { tables, registration } = this.#executors.hear(executorId, this.#options.nowMs(), () => {
       this.#options.events.onNote('executor registered', { executorId, modelId });
-      return { modelId, spec, tables: new Map() };
+      return { registration: ++this.#numRegistrations, modelId, spec, tables: new Map() };
     });
     const voidRequestIds: string[] = [];
     const takenOverRequestIds: string[] = [];
@@ -121,7 +123,7 @@ export class KvManager {
       layout: this.#theLayout(),
       heartbeatIntervalMs,
       heartbeatTimeoutMs,
-      known: former !== undefined,
+      registration,
       voidRequestIds,
       takenOverRequestIds,
     };
