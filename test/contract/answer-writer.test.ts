@@ -65,7 +65,7 @@ async function stored(): Promise<number[][]> {
 const upTo = (count: number): number[] => Array.from({ length: count }, (_, index) => index);
 
 test('nats-server is killed twice in the middle: every token is stored once and in order', async () => {
-  const writer = new AnswerWriter(stream, 'json', onRefused);
+  const writer = new AnswerWriter(stream, 'json', 0, onRefused);
   let index = 0;
   const push = async (count: number): Promise<void> => {
     for (let i = 0; i < count; i++) {
@@ -87,22 +87,87 @@ test('nats-server is killed twice in the middle: every token is stored once and 
   expect((await stored()).flat()).toEqual(upTo(index));
 }, 30_000);
 
-test('an executor that takes over groups the tokens otherwise: none is lost', async () => {
-  const former = new AnswerWriter(stream, 'json', onRefused);
+test('an executor that takes over groups the tokens otherwise: each is stored once', async () => {
+  const former = new AnswerWriter(stream, 'json', 0, onRefused);
   for (const index of [0, 1, 2, 3]) {
     former.push(token(index));
     await former.stored();
   }
+  const { tokens, lastSequence } = await stream.stored('answer');
+  expect(tokens.map(({ index }) => index)).toEqual(upTo(4));
   // The first goes alone, the rest while it is under way.
-  const next = new AnswerWriter(stream, 'json', onRefused);
-  for (const index of upTo(6)) next.push(token(index, index === 5 ? 'stop' : null));
-  await next.stored();
-  const indices = (await stored()).flat();
-  expect(indices.filter((index, at) => indices.indexOf(index) === at)).toEqual(upTo(6));
+  const next = new AnswerWriter(stream, 'json', lastSequence, onRefused);
+  for (const index of [4, 5, 6, 7]) next.push(token(index, index === 7 ? 'stop' : null));
+  expect(await next.stored()).toBe(true);
+  // The former stood still and goes on: its grouping is another, and it has not heard of anything.
+  for (const index of [4, 5, 6]) former.push(token(index));
+  await former.stored();
+  former.push(end(7));
+  expect(await former.stored()).toBe(false);
+  expect((await stored()).flat()).toEqual(upTo(8));
+  expect(refusals).toMatchObject([{ code: 'duplicate_id' }]);
+});
+
+test('two that write the same answer at once, grouped as it comes: each token is stored once', async () => {
+  const other = await connect(nats.url);
+  try {
+    for (let round = 0; round < 10; round++) {
+      const id = `race-${round}`;
+      const writers = [stream, new TokenStream(other, () => numErrors++)].map(
+        (of) => new AnswerWriter(of, 'json', 0, onRefused),
+      );
+      for (const index of upTo(40))
+        for (const [at, writer] of writers.entries()) {
+          writer.push({ ...token(index, index === 39 ? 'length' : null), id });
+          if ((index + round) % (3 + 2 * at) === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+        }
+      const isStored = await Promise.all(writers.map((writer) => writer.stored()));
+      expect(isStored).toContain(true);
+      const indices: number[] = [];
+      const subscription = await stream.replay(id, (data) =>
+        indices.push(...decodeTokens(data).map(({ index }) => index)),
+      );
+      await eventually(() => (indices.includes(39) ? true : undefined));
+      subscription.unsubscribe();
+      expect(indices).toEqual(upTo(40));
+    }
+    // Otherwise the race was none.
+    expect(refusals.length).toBeGreaterThan(0);
+    expect(new Set(refusals.map(({ code }) => code))).toEqual(new Set(['duplicate_id']));
+  } finally {
+    await other.close();
+  }
+});
+
+test('an own message that was stored with its confirmation lost is no other writer', async () => {
+  const first = await stream.append([token(0)], 'json', 0);
+  expect(await stream.append([token(0)], 'json', 0)).toBe(first);
+  // A server that has forgotten the ids of messages compares the sequence only.
+  const manager = await bus.connection.jetstreamManager();
+  const { config } = await manager.streams.info(STREAMS.tokens.name);
+  await manager.streams.update(STREAMS.tokens.name, { ...config, duplicate_window: 100_000_000 });
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  expect(await stream.append([token(0)], 'json', 0)).toBe(first);
+  const second = await stream.append([token(1)], 'json', first!);
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  await expect(stream.append([token(0)], 'json', 0)).rejects.toMatchObject({ code: 'duplicate_id' });
+  expect(await stream.append([end(2)], 'json', second!)).toBeGreaterThan(second!);
+  expect(await stored()).toEqual([[0], [1], [2]]);
+});
+
+test('the end that a gateway stores stops the executor', async () => {
+  const executor = new AnswerWriter(stream, 'json', 0, onRefused);
+  executor.push(token(0));
+  await executor.stored();
+  expect(await stream.publish([end(1)], 'json')).toBe(true);
+  executor.push(token(1));
+  expect(await executor.stored()).toBe(false);
+  expect(await stored()).toEqual([[0], [1]]);
+  expect(refusals).toMatchObject([{ code: 'duplicate_id' }]);
 });
 
 test('an end without a token is a message of its own, stored once whoever writes it', async () => {
-  const executor = new AnswerWriter(stream, 'json', onRefused);
+  const executor = new AnswerWriter(stream, 'json', 0, onRefused);
   for (const message of [token(0), token(1), token(2), end(3)]) executor.push(message);
   await executor.stored();
   expect(await stream.publish([end(2)], 'json')).toBe(true);
@@ -110,7 +175,7 @@ test('an end without a token is a message of its own, stored once whoever writes
 });
 
 test('however much waits, a message stays far below what the server takes', async () => {
-  const writer = new AnswerWriter(stream, 'json', onRefused);
+  const writer = new AnswerWriter(stream, 'json', 0, onRefused);
   const alternatives = Array.from({ length: 20 }, (_, i) => ({
     token: i,
     text: 'alternative',
@@ -124,7 +189,7 @@ test('however much waits, a message stays far below what the server takes', asyn
 });
 
 test('what cannot be stored because the bus was closed is said, also when asked later', async () => {
-  const writer = new AnswerWriter(stream, 'json', onRefused);
+  const writer = new AnswerWriter(stream, 'json', 0, onRefused);
   await nats.kill();
   writer.push(token(0));
   const isStored = writer.stored();
@@ -137,11 +202,11 @@ describe('what can never be stored', () => {
   const huge = (index: number): TokenMessage => ({ ...token(index), text: 'x'.repeat(bus.maxPayloadBytes) });
 
   test('because a token is too large ends the answer with an error that says so', async () => {
-    const writer = new AnswerWriter(stream, 'json', onRefused);
+    const writer = new AnswerWriter(stream, 'json', 0, onRefused);
     for (const message of [token(0), token(1), huge(2), token(3), token(4, 'stop')]) writer.push(message);
     expect(await writer.stored()).toBe(true);
     writer.push(token(5));
-    const answer = await stream.stored('answer');
+    const { tokens: answer } = await stream.stored('answer');
     expect(answer.map(({ index }) => index)).toEqual([0, 1, 2]);
     expect(answer[2]).toMatchObject({
       token: null,
@@ -152,7 +217,7 @@ describe('what can never be stored', () => {
   });
 
   test('as one message is stored as several', async () => {
-    const writer = new AnswerWriter(stream, 'json', onRefused);
+    const writer = new AnswerWriter(stream, 'json', 0, onRefused);
     const large = 'x'.repeat(bus.maxPayloadBytes / 5);
     for (const index of upTo(12)) writer.push({ ...token(index, index === 11 ? 'stop' : null), text: large });
     expect(await writer.stored()).toBe(true);
@@ -163,7 +228,7 @@ describe('what can never be stored', () => {
   test('because the stream was deleted is said at once, and not tried for ever', async () => {
     const manager = await bus.connection.jetstreamManager();
     await manager.streams.delete(STREAMS.tokens.name);
-    const writer = new AnswerWriter(stream, 'json', onRefused);
+    const writer = new AnswerWriter(stream, 'json', 0, onRefused);
     writer.push(token(0));
     expect(await writer.stored()).toBe(false);
     expect(refusals).toMatchObject([{ code: 'unavailable', message: expect.stringContaining('LAMINA_TOKENS') }]);
@@ -174,7 +239,7 @@ describe('what can never be stored', () => {
     const other = await connect(restricted.url);
     try {
       await ensureStreams(other);
-      const writer = new AnswerWriter(new TokenStream(other, () => numErrors++), 'json', onRefused);
+      const writer = new AnswerWriter(new TokenStream(other, () => numErrors++), 'json', 0, onRefused);
       writer.push(token(0));
       expect(await writer.stored()).toBe(false);
       expect(refusals).toMatchObject([{ message: expect.stringContaining('may not publish') }]);

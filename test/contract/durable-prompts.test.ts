@@ -62,7 +62,7 @@ const promptsDone = (): Promise<true> =>
 /** The stored answer, once it is complete. */
 async function stored(id: string): Promise<TokenMessage[]> {
   await eventually(async () => ((await tokens.endOf(id))?.isComplete ? true : undefined));
-  return tokens.stored(id);
+  return [...(await tokens.stored(id)).tokens];
 }
 
 describe('the id of a durable prompt', () => {

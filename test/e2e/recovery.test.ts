@@ -191,7 +191,7 @@ test('a nats-server that is killed and comes back loses no token', async () => {
         expect(message.token).toBe(tokens[message.index]);
         expect(message.index).toBeGreaterThan(messages[at - 1]?.index ?? -1);
       }
-      const stored = await stream.stored(idOf(index));
+      const { tokens: stored } = await stream.stored(idOf(index));
       expect(stored.map(({ token }) => token)).toEqual(tokens);
     }
   }

@@ -7,6 +7,7 @@
  * 2. A message that was not confirmed is published again under the same Nats-Msg-Id, until it is or the bus is closed:
  *    a connection that was lost for a while costs time and no token.
  * 3. A message that can never be stored ends the answer: an error takes its place, and nothing is taken after it.
+ * 4. When another process has written to the answer, nothing more is published, not even an end.
  */
 import type { TokenMessage, WireEncoding } from '@lamina/protocol';
 import { asLaminaError, type LaminaError } from '@lamina/tensor';
@@ -17,7 +18,7 @@ const RETRY_MS = 250;
 const MAX_TOKENS_PER_MESSAGE = 128;
 
 export class AnswerWriter {
-  readonly #stream: Pick<TokenStream, 'publish' | 'isClosed'>;
+  readonly #stream: Pick<TokenStream, 'append' | 'isClosed'>;
   readonly #encoding: WireEncoding;
   readonly #onRefused: (error: LaminaError) => void;
   readonly #waiting: TokenMessage[] = [];
@@ -25,15 +26,21 @@ export class AnswerWriter {
   #writing: Promise<boolean> | undefined;
   #isStored = true;
   #isRefused = false;
+  #lastSequence: number;
 
-  /** `onRefused` is told once that the rest of the answer is in vain. */
+  /**
+   * @param lastSequence Stream sequence of the last message of the answer that is stored and known here, 0 before any.
+   * @param onRefused Told once that the rest of the answer is in vain: `duplicate_id` when another process writes it.
+   */
   constructor(
-    stream: Pick<TokenStream, 'publish' | 'isClosed'>,
+    stream: Pick<TokenStream, 'append' | 'isClosed'>,
     encoding: WireEncoding,
+    lastSequence: number,
     onRefused: (error: LaminaError) => void,
   ) {
     this.#stream = stream;
     this.#encoding = encoding;
+    this.#lastSequence = lastSequence;
     this.#onRefused = onRefused;
   }
 
@@ -70,7 +77,11 @@ export class AnswerWriter {
   /** @throws LaminaError when they can never be stored. */
   async #store(messages: readonly TokenMessage[]): Promise<boolean> {
     for (;;) {
-      if (await this.#stream.publish(messages, this.#encoding)) return true;
+      const sequence = await this.#stream.append(messages, this.#encoding, this.#lastSequence);
+      if (sequence !== undefined) {
+        this.#lastSequence = sequence;
+        return true;
+      }
       if (this.#stream.isClosed) return false;
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
@@ -78,6 +89,13 @@ export class AnswerWriter {
 
   /** Smaller messages where they are too large together, else the error instead of them. */
   #makeWay(messages: readonly TokenMessage[], error: LaminaError): void {
+    if (error.code === 'duplicate_id') {
+      this.#isRefused = true;
+      this.#isStored = false;
+      this.#waiting.length = 0;
+      this.#onRefused(error);
+      return;
+    }
     const [first] = messages;
     if (first === undefined || this.#isRefused) {
       this.#isStored = false;

@@ -11,5 +11,5 @@ export {
 export { type BusOptions, type NatsAccess, redactUrl } from './connection.ts';
 export { type DurablePrompt, PromptQueue } from './prompt-queue.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';
-export { type StoredEnd, TokenStream } from './token-stream.ts';
+export { type StoredAnswer, type StoredEnd, TokenStream } from './token-stream.ts';
 export { type WorkLease, WorkQueue } from './work-queue.ts';

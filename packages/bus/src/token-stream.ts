@@ -5,7 +5,9 @@
  * 1. A message's Nats-Msg-Id is `<id>.<indices of its first and last token>`, or `<id>.final` if it ends an answer without a
  *    token: publishing it twice stores it once, another grouping of the same tokens is another message, and an answer has
  *    one end even if two processes write it.
- * 2. A message that the server did not store is reported, and the caller told whether to publish it again: time does not
+ * 2. Who writes an answer names the last message of it that it knows (Nats-Expected-Last-Subject-Sequence): of two that write
+ *    the same answer, one is refused before it stores a token twice under another grouping.
+ * 3. A message that the server did not store is reported, and the caller told whether to publish it again: time does not
  *    mend a message that is too large, a permission that is missing, or a stream that was deleted.
  */
 import {
@@ -26,6 +28,7 @@ const STORE_TIMEOUT_MS = 2_000;
 const READ_TIMEOUT_MS = 5_000;
 const MESSAGE_TOO_LARGE_ERROR_CODE = 10054;
 const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
+const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
 
 /** How far an answer is stored. */
 export interface StoredEnd {
@@ -34,6 +37,14 @@ export interface StoredEnd {
   readonly isComplete: boolean;
   /** When that message was stored, by the server's clock, Unix time in ms. */
   readonly storedAtMs: number;
+}
+
+/** The part of an answer that is stored. */
+export interface StoredAnswer {
+  /** In order, each once. */
+  readonly tokens: readonly TokenMessage[];
+  /** Stream sequence of its last message, 0 when nothing is stored: what `append` expects next. */
+  readonly lastSequence: number;
 }
 
 export class TokenStream {
@@ -59,25 +70,54 @@ export class TokenStream {
    * @throws LaminaError when it can never be stored.
    */
   async publish(tokens: readonly TokenMessage[], encoding: WireEncoding, isFirst = false): Promise<boolean> {
-    const first = tokens[0];
-    const last = tokens.at(-1);
-    if (first === undefined || last === undefined) return true;
+    if (tokens.length === 0) return true;
+    return (await this.#store(tokens, encoding, isFirst ? 0 : undefined)) !== undefined;
+  }
+
+  /**
+   * Publishes the next tokens of an answer as one message, unless somebody else has written to it.
+   * @param lastSequence Stream sequence of the last message of the answer that the caller stored or read, 0 before any.
+   * @returns The sequence to go on with; undefined when the message may be published again.
+   * @throws LaminaError `duplicate_id` when the answer has messages after that one; others when it can never be stored.
+   */
+  async append(
+    tokens: readonly TokenMessage[],
+    encoding: WireEncoding,
+    lastSequence: number,
+  ): Promise<number | undefined> {
+    const stored = await this.#store(tokens, encoding, lastSequence);
+    if (stored !== 'otherwise') return stored;
+    // Stored before with the confirmation lost: a server that still remembers its id says so, one that does not refuses it.
+    const [first] = tokens;
+    const last = await lastMessage(this.#bus, STREAMS.tokens.name, SUBJECTS.tokens(first!.id)).catch(() => null);
+    if (last === null) return undefined;
+    if (last?.header?.get(MESSAGE_ID_HEADER) === messageIdOf(tokens)) return last.seq;
+    throw new LaminaError('duplicate_id', `request ${first!.id} was taken over: another process writes its answer`);
+  }
+
+  /** The sequence of the stored message; `otherwise` when another one is the last of the answer; undefined: try again. */
+  async #store(
+    tokens: readonly TokenMessage[],
+    encoding: WireEncoding,
+    lastSequence: number | undefined,
+  ): Promise<number | 'otherwise' | undefined> {
     const set = headers();
-    if (last.finish_reason !== null) set.set(FINAL_HEADER, 'true');
+    if (tokens.at(-1)?.finish_reason !== null) set.set(FINAL_HEADER, 'true');
     try {
-      await this.#jetstream.publish(SUBJECTS.tokens(first.id), encodeTokens(tokens, encoding), {
-        msgID: first.token === null ? `${first.id}.final` : `${first.id}.${first.index}-${last.index}`,
+      const { seq } = await this.#jetstream.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), {
+        msgID: messageIdOf(tokens),
         headers: set,
         timeout: STORE_TIMEOUT_MS,
-        ...(isFirst && { expect: { lastSubjectSequence: 0 } }),
+        ...(lastSequence !== undefined && { expect: { lastSubjectSequence: lastSequence } }),
       });
-      return true;
+      return seq;
     } catch (cause) {
-      if (cause instanceof NatsError && cause.api_error?.err_code === WRONG_LAST_SEQUENCE_ERROR_CODE) return true;
+      if (cause instanceof NatsError && cause.api_error?.err_code === WRONG_LAST_SEQUENCE_ERROR_CODE)
+        return 'otherwise';
       this.#onError(asLaminaError(cause));
       const refusal = await this.#refusalOf(cause);
       if (refusal !== undefined) throw refusal;
-      return false;
+      return undefined;
     }
   }
 
@@ -136,13 +176,13 @@ export class TokenStream {
   }
 
   /**
-   * The tokens of one answer that are stored, in order, each once.
+   * What is stored of an answer.
    * @throws LaminaError `unavailable` when the stream cannot be read.
    */
-  async stored(requestId: string): Promise<TokenMessage[]> {
+  async stored(requestId: string): Promise<StoredAnswer> {
     const lastSequence = (await this.endOf(requestId))?.sequence;
     const tokens: TokenMessage[] = [];
-    if (lastSequence === undefined) return tokens;
+    if (lastSequence === undefined) return { tokens, lastSequence: 0 };
     let timer: NodeJS.Timeout | undefined;
     let subscription: Subscription | undefined;
     try {
@@ -150,7 +190,8 @@ export class TokenStream {
         const tooLate = new LaminaError('unavailable', 'the stream of answers cannot be read in time');
         timer = setTimeout(() => reject(tooLate), READ_TIMEOUT_MS);
         const take = (data: Uint8Array, _isFinal: boolean, sequence: number): void => {
-          for (const token of decodeTokens(data)) if (token.index === tokens.length) tokens.push(token);
+          if (sequence <= lastSequence)
+            for (const token of decodeTokens(data)) if (token.index === tokens.length) tokens.push(token);
           if (sequence >= lastSequence) resolve();
         };
         this.replay(requestId, take).then((started) => {
@@ -161,7 +202,7 @@ export class TokenStream {
       clearTimeout(timer);
       subscription?.unsubscribe();
     }
-    return tokens;
+    return { tokens, lastSequence };
   }
 
   /** Messages of one answer as they are published from now on. */
@@ -183,4 +224,9 @@ export class TokenStream {
     });
     return this.#jetstream.subscribe(SUBJECTS.tokens(requestId), options);
   }
+}
+
+function messageIdOf(tokens: readonly TokenMessage[]): string {
+  const first = tokens[0]!;
+  return first.token === null ? `${first.id}.final` : `${first.id}.${first.index}-${tokens.at(-1)!.index}`;
 }

@@ -6,9 +6,9 @@
  * 2. A request that another executor had before continues after the last token that it stored: every token is sampled once.
  * 3. The one timer renews leases and runs only while there are some.
  */
-import { ACK_WAIT_MS, AnswerWriter, type TokenStream, type WorkLease } from '@lamina/bus';
+import { ACK_WAIT_MS, AnswerWriter, type StoredAnswer, type TokenStream, type WorkLease } from '@lamina/bus';
 import type { ModelDescription, Tokenizer } from '@lamina/model';
-import type { TokenMessage, WorkItem } from '@lamina/protocol';
+import type { WorkItem } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
@@ -26,7 +26,7 @@ export interface ExecutorOptions {
   readonly description: ModelDescription;
   readonly tokenizer: Tokenizer;
   readonly scheduler: Scheduler;
-  readonly tokens: Pick<TokenStream, 'publish' | 'stored' | 'isClosed'>;
+  readonly tokens: Pick<TokenStream, 'append' | 'stored' | 'isClosed'>;
   readonly metrics: ExecutorMetrics;
   readonly log: Logger;
 }
@@ -90,7 +90,7 @@ export class Executor {
       return;
     }
     if (lease.deliveryCount > 1 || item.isContinued === true) void this.#resume(lease);
-    else this.#begin(lease, []);
+    else this.#begin(lease, { tokens: [], lastSequence: 0 });
   }
 
   /** Takes up what another executor began. */
@@ -100,8 +100,8 @@ export class Executor {
     this.requests.arriving();
     try {
       const stored = await tokens.stored(id);
-      log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.length }, 'taking a request up');
-      const last = stored.at(-1);
+      log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.tokens.length }, 'taking a request up');
+      const last = stored.tokens.at(-1);
       if (last !== undefined && last.finish_reason !== null) lease.complete();
       else if (this.requests.get(id) === undefined) this.#begin(lease, stored);
     } catch (cause) {
@@ -115,17 +115,21 @@ export class Executor {
     }
   }
 
-  #begin(lease: WorkLease, stored: readonly TokenMessage[]): void {
+  #begin(lease: WorkLease, stored: StoredAnswer): void {
     const { requests } = this;
     const { item } = lease;
     const { tokenizer, log } = this.#options;
     const answer = new Answer({ tokenizer, eosTokenIds: this.#eosTokenIds, item });
-    const writer = new AnswerWriter(this.#options.tokens, item.encoding, (error) => {
+    const writer = new AnswerWriter(this.#options.tokens, item.encoding, stored.lastSequence, (error) => {
+      if (error.code === 'duplicate_id') {
+        this.requests.send(request, { type: 'TAKEN_OVER' });
+        return;
+      }
       log.error({ err: error, id: item.id }, 'an answer cannot be stored');
       this.requests.send(request, { type: 'FAIL', error });
     });
     const request: GenerationRequest = new GenerationRequest(item, lease, answer, writer, this.#numArrivals++);
-    for (const { token } of stored) {
+    for (const { token } of stored.tokens) {
       if (token === null) continue;
       request.tokens.push(token);
       answer.push({ token, logprob: Number.NaN, topLogprobs: [] });

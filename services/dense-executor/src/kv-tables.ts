@@ -133,6 +133,7 @@ export class KvTables implements KvEvents {
     request.kvGeneration++;
     request.isStarved = false;
     request.isExtending = false;
+    request.isKvLost = false;
     this.#options.scheduler.remove(request);
     if (request.numTableBlocks === 0) return;
     request.isReleasePending = true;
@@ -226,7 +227,7 @@ export class KvTables implements KvEvents {
 
   /** The KV of a request is gone: it is computed again once no step of it is in flight. */
   lose(request: GenerationRequest): void {
-    if (request.isKvLost) return;
+    if (request.isKvLost || request.isReleasePending) return;
     this.#options.metrics.recoveries.inc();
     request.isKvLost = true;
     if (!request.isInStep) this.afterStep(request);

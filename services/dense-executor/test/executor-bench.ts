@@ -107,6 +107,8 @@ export class Bench {
   /** Messages of all answers. */
   readonly messages: TokenMessage[] = [];
   readonly completed: string[] = [];
+  /** Another process writes to the answers. */
+  isTakenOver = false;
   /** Steps in flight by wave. */
   readonly steps = new Map<number, StepRequest>();
 
@@ -118,10 +120,11 @@ export class Bench {
       scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256, speculation }, 2),
       tokens: {
         isClosed: false,
-        stored: () => Promise.resolve([]),
-        publish: (tokens) => {
+        stored: () => Promise.resolve({ tokens: [], lastSequence: 0 }),
+        append: (tokens, _encoding, lastSequence) => {
+          if (this.isTakenOver) return Promise.reject(new LaminaError('duplicate_id', 'scripted'));
           this.messages.push(...tokens);
-          return Promise.resolve(true);
+          return Promise.resolve(lastSequence + 1);
         },
       },
       metrics: this.metrics,

@@ -239,3 +239,15 @@ test('a deadline beyond what timers take is no deadline', async () => {
   await vi.advanceTimersByTimeAsync(60_000);
   expect(bench.request('r').phase).toBe('allocating');
 });
+
+test('a request whose answer another process writes is handed over without a word, and its KV is freed', async () => {
+  await running('r');
+  bench.isTakenOver = true;
+  bench.finish(waveOf('r'));
+  await settle();
+  expect(bench.executor.requests.size).toBe(0);
+  expect(bench.messages).toEqual([]);
+  expect(bench.completed).toEqual([]);
+  for (const wave of [...bench.steps.keys()]) bench.finish(wave);
+  expect(kv.log.at(-1)).toBe('free r');
+});

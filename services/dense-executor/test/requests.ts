@@ -10,7 +10,7 @@ const tokenizer = await loadTokenizer(fileURLToPath(new URL('../../../models/lam
 export const BLOCK = 16;
 
 /** Takes every message as stored. */
-const STREAM = { isClosed: false, publish: () => Promise.resolve(true) };
+const STREAM = { isClosed: false, append: () => Promise.resolve(1) };
 let arrivals = 0;
 
 export function request(options: {
@@ -43,7 +43,7 @@ export function request(options: {
     item,
     lease,
     new Answer({ tokenizer, eosTokenIds: new Set(), item }),
-    new AnswerWriter(STREAM, 'json', () => undefined),
+    new AnswerWriter(STREAM, 'json', 0, () => undefined),
     arrivals++,
   );
   const shards = options.shards ?? ['a'];
