@@ -18,7 +18,7 @@ import { Bench, BLOCK, LAYOUT } from '../../services/dense-executor/test/executo
 import { KvManager } from '../../services/kv-manager/src/kv-manager.ts';
 
 /** 100,000 with LAMINA_PROPERTIES=long. */
-const NUM_SEQUENCES = process.env.LAMINA_PROPERTIES === 'long' ? 100_000 : 1_000;
+const NUM_SEQUENCES = process.env.LAMINA_PROPERTIES === 'long' ? 100_000 : 500;
 const MAX_DRAIN_ROUNDS = 400;
 const HEARTBEAT_MS = 1_000;
 const HEARTBEAT_TIMEOUT_MS = 4_000;
