@@ -202,6 +202,7 @@ export class AttentionDriver {
         bodyBytes,
         partOffset: 0,
         originId: ORIGIN_ID,
+        isBodyChecked: false,
       };
       const encoded = encodeStepPlan(plan);
       return {
