@@ -4,7 +4,9 @@
  * Invariants
  * 1. Every series has the labels service and instance, so joining registries never mixes processes.
  * 2. An answer that is none is left out; the others are still shown.
+ * 3. The event-loop delay is that since the last scrape: a stall at start-up is not shown for ever.
  */
+import { monitorEventLoopDelay } from 'node:perf_hooks';
 import type { Bus } from '@lamina/bus';
 import { packMessage, SUBJECTS, unpackMessage } from '@lamina/protocol';
 import {
@@ -23,7 +25,30 @@ export { Counter, Gauge, Histogram, Registry };
 export function createRegistry(service: string, instance: string): Registry {
   const registry = new Registry();
   registry.setDefaultLabels({ service, instance });
+  observeEventLoop(registry);
   return registry;
+}
+
+/** One timer of the runtime at this resolution; it costs an idle process nothing that can be seen. */
+const EVENT_LOOP_RESOLUTION_MS = 50;
+
+function observeEventLoop(registry: Registry): void {
+  const delays = monitorEventLoopDelay({ resolution: EVENT_LOOP_RESOLUTION_MS });
+  delays.enable();
+  const gauge: Gauge<'quantile'> = new Gauge({
+    name: 'lamina_event_loop_delay_seconds',
+    help: 'How late timers of the main thread were since the last scrape',
+    labelNames: ['quantile'],
+    registers: [registry],
+    collect: () => {
+      // The histogram holds whole intervals, of which the resolution is none of the delay.
+      const lateS = (ns: number): number => (delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS) / 1e3);
+      gauge.set({ quantile: '0.5' }, lateS(delays.percentile(50)));
+      gauge.set({ quantile: '0.99' }, lateS(delays.percentile(99)));
+      gauge.set({ quantile: '1' }, lateS(delays.max));
+      delays.reset();
+    },
+  });
 }
 
 /**

@@ -231,7 +231,7 @@ export class Executor {
 
   /** Forgets a request that another executor has now; its lease is not ours to complete. */
   #drop(request: GenerationRequest): void {
-    this.#options.log.warn({ id: request.id }, 'another executor took the request over');
+    this.#options.log.warn({ id: request.id }, 'another executor has the request from now on');
     this.#remove(request);
   }
 
@@ -239,12 +239,14 @@ export class Executor {
     for (const request of this.requests.all()) request.lease.renew();
   }
 
-  /** Hands every unfinished request back to the queue. */
-  releaseLeases(): void {
-    clearInterval(this.#renewal);
-    for (const { lease, phase } of this.requests.all()) {
-      if (phase !== 'finished' && phase !== 'cancelled' && phase !== 'failed' && phase !== 'handedOver')
-        lease.release();
-    }
+  /** Hands every unfinished request back to the queue: first its tokens end, so that another goes on after the last one. */
+  async handBack(): Promise<void> {
+    const handing = [...this.requests.all()].map(async (request) => {
+      const { phase, writer, lease } = request;
+      const isEnding = phase === 'finished' || phase === 'cancelled' || phase === 'failed';
+      if (!isEnding) this.requests.send(request, { type: 'TAKEN_OVER' });
+      if ((await writer.stored()) && !isEnding) lease.release();
+    });
+    await Promise.all(handing);
   }
 }

@@ -19,10 +19,14 @@ import { ExecutorMetrics } from './metrics.ts';
 import { Scheduler } from './scheduling/scheduler.ts';
 import { WorkerPool } from './worker-pool.ts';
 
-/** How long a stop waits for running requests before they go back to the queue. */
-const DRAIN_TIMEOUT_MS = 10_000;
+/** How long a stop waits for running requests before they go back to the queue: another then computes their KV anew. */
+const DRAIN_TIMEOUT_MS = 2_000;
+/** Well before a supervisor loses patience, though nats-server may not store what is handed back. */
+const HAND_BACK_TIMEOUT_MS = 2_000;
 /** One pull from the work queue waits so long; an idle executor asks once per that time. */
 const LEASE_WAIT_MS = 30_000;
+
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
 export async function startDenseExecutor(context: ServiceContext): Promise<RunningService> {
   const { bus, config, log, registry, instanceId } = context;
@@ -124,7 +128,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       } catch (cause) {
         if (isStopping) return;
         onError(new LaminaError('unavailable', 'the work queue gives nothing; trying again', { cause }));
-        await new Promise((resolve) => setTimeout(resolve, 1_000));
+        await sleep(1_000);
       }
     }
   };
@@ -139,8 +143,8 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     }),
     stop: async () => {
       isStopping = true;
-      await Promise.race([executor.requests.below(1), new Promise((resolve) => setTimeout(resolve, DRAIN_TIMEOUT_MS))]);
-      executor.releaseLeases();
+      await Promise.race([executor.requests.below(1), sleep(DRAIN_TIMEOUT_MS)]);
+      await Promise.race([executor.handBack(), sleep(HAND_BACK_TIMEOUT_MS)]);
       await kv.stop();
       await pool.stop();
     },
