@@ -35,6 +35,8 @@ export interface KvTablesOptions {
 export type KvCalls = Pick<KvClient, 'allocate' | 'extend' | 'trim' | 'free' | 'suspect' | 'holdsLease' | 'leaseTerm'>;
 
 const RETRY_MS = 1_000;
+/** A step that keeps blocks for so long after its request ended may wait for a shard that died. */
+const STEP_OVERDUE_MS = 10;
 
 const kvLost = (): LaminaError =>
   new LaminaError('shard_lost', 'attention shards that held KV of this request went away');
@@ -138,6 +140,13 @@ export class KvTables implements KvEvents {
     if (request.numTableBlocks === 0) return;
     request.isReleasePending = true;
     if (!request.isInStep) this.#releaseNow(request);
+    else setTimeout(() => this.#hastenRelease(request), STEP_OVERDUE_MS).unref();
+  }
+
+  /** Has the shards asked now, not when they are late: if one is dead, the step fails and the others' blocks are free. */
+  #hastenRelease(request: GenerationRequest): void {
+    if (!request.isReleasePending) return;
+    for (const shardId of new Set(request.blockTable.map((block) => block.shardId))) this.suspect(shardId);
   }
 
   #releaseNow(request: GenerationRequest): void {

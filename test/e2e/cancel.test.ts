@@ -1,0 +1,160 @@
+/**
+ * A cancel frees the KV of its request on every shard at once: while it decodes, while a long prompt is prefilled, while it
+ * recovers from a dead shard, and when its HTTP client hangs up. Real processes; the figures are printed.
+ */
+import { ENDPOINTS, type KvStatus, SUBJECTS, type TokenMessage } from '@lamina/protocol';
+import { afterEach, expect, test } from 'vitest';
+import { percentiles } from '../chaos/report.ts';
+import { startTestCluster, type TestCluster } from '../cluster.ts';
+
+const PROMPT = 'Once upon a time, there was a little girl named Lily.';
+/** Some 900 of the 1,024 tokens of the model's context. */
+const LONG_PROMPT = `${PROMPT} `.repeat(64);
+/** What is promised. One of many may be late where the machine does other things at the same time. */
+const PROMISED_MS = 100;
+const OUTLIER_MS = 500;
+/** The kv-manager asks a shard twice before it takes it for dead, with this pause: it might only connect again. */
+const SECOND_PROBE_MS = 100;
+const NUM_ROUNDS = 20;
+/**
+ * Blocks are free when no step in flight can write to them. Where one step takes a whole prompt, four times the default,
+ * a cancel waits for the longest step that this model can have.
+ */
+const WHOLE_PROMPT_STEPS = { prefillChunkTokens: '1024', maxBatchedTokens: '1024' } as const;
+const WHOLE_PROMPT_STEP_MS = 400;
+
+let tested: TestCluster;
+afterEach(async ({ task }) => {
+  if (task.result?.state === 'fail') console.log(tested.logs());
+  await tested.stop();
+});
+
+async function start(settings: Record<string, string> = {}): Promise<void> {
+  tested = await startTestCluster({
+    attentionShards: 3,
+    onExit: () => undefined,
+    settings: { kvDtype: 'f32', denseWorkers: '1', spreadAboveTokens: '32', logLevel: 'warn', ...settings },
+  });
+}
+
+const status = (): Promise<KvStatus> => tested.cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 2_000 });
+const usedBlocks = ({ shards }: KvStatus): number => shards.reduce((sum, shard) => sum + shard.usedBlocks, 0);
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** Resolves when the kv-manager says so, asked again and again. */
+async function until(isMet: (status: KvStatus) => boolean): Promise<void> {
+  const deadlineMs = performance.now() + 10_000;
+  for (;;) {
+    const now = await status();
+    if (isMet(now)) return;
+    if (performance.now() > deadlineMs) expect(now).toBe('as expected');
+    await sleep(1);
+  }
+}
+const free = (): Promise<void> => until((now) => now.numRequests === 0 && usedBlocks(now) === 0);
+
+interface Asked {
+  readonly id: string;
+  readonly answer: Promise<TokenMessage[]>;
+  readonly hasToken: () => boolean;
+}
+
+let numAsked = 0;
+function ask(prompt: string): Asked {
+  const id = `cancel-${numAsked++}`;
+  let numTokens = 0;
+  const body = { id, prompt, max_tokens: 60, ignore_eos: true };
+  return { id, answer: tested.generate(body, () => numTokens++), hasToken: () => numTokens > 0 };
+}
+
+/** Milliseconds from the cancel until no shard holds a block. */
+async function cancel({ id }: Asked): Promise<number> {
+  const startedMs = performance.now();
+  tested.cluster.bus.publish(SUBJECTS.cancel(id), new Uint8Array());
+  await free();
+  return performance.now() - startedMs;
+}
+
+function judge(what: string, valuesMs: readonly number[], promisedMs = PROMISED_MS): void {
+  const { p50 } = percentiles(valuesMs);
+  const maxMs = Math.max(...valuesMs);
+  console.log(`cancel ${what}: KV free after ${p50} ms, at most ${maxMs.toFixed(0)} ms, ${valuesMs.length} times`);
+  expect(p50, what).toBeLessThan(promisedMs);
+  expect(maxMs, what).toBeLessThan(promisedMs + OUTLIER_MS);
+}
+
+const isCancelled = { finish_reason: 'cancelled', token: null };
+
+test('while it decodes', async () => {
+  await start();
+  const tookMs: number[] = [];
+  for (let round = 0; round < NUM_ROUNDS; round++) {
+    const asked = ask(PROMPT.repeat(5));
+    while (!asked.hasToken()) await sleep(1);
+    await until((now) => now.shards.filter((shard) => shard.usedBlocks > 0).length > 1);
+    tookMs.push(await cancel(asked));
+    expect((await asked.answer).at(-1)).toMatchObject(isCancelled);
+  }
+  judge('in decode', tookMs);
+}, 60_000);
+
+test.each([
+  ['in chunks', {}, PROMISED_MS],
+  ['in one step', WHOLE_PROMPT_STEPS, PROMISED_MS + WHOLE_PROMPT_STEP_MS],
+])(
+  'while a long prompt is prefilled %s',
+  async (how, settings, promisedMs) => {
+    await start(settings);
+    const tookMs: number[] = [];
+    for (let round = 0; round < 3 * NUM_ROUNDS && tookMs.length < NUM_ROUNDS; round++) {
+      const asked = ask(LONG_PROMPT);
+      await until((now) => usedBlocks(now) > 0);
+      const ms = await cancel(asked);
+      expect((await asked.answer).at(-1)).toMatchObject(isCancelled);
+      if (!asked.hasToken() || (await asked.answer).length === 1) tookMs.push(ms);
+    }
+    expect(tookMs.length, 'cancels that came before the first token').toBeGreaterThan(NUM_ROUNDS / 2);
+    judge(`in prefill ${how}`, tookMs, promisedMs);
+  },
+  60_000,
+);
+
+test('while it recovers from a shard that was just killed', async () => {
+  await start();
+  const tookMs: number[] = [];
+  for (let round = 0; round < 6; round++) {
+    const asked = ask(LONG_PROMPT);
+    while (!asked.hasToken()) await sleep(1);
+    const shard = tested.cluster.processes('attention-shard').find((child) => child.isRunning);
+    shard!.kill('SIGKILL');
+    // From before anybody can know to after it was noticed.
+    await sleep(round * 20);
+    tookMs.push(await cancel(asked));
+    expect((await asked.answer).at(-1)).toMatchObject(isCancelled);
+    await tested.addShard();
+  }
+  judge('in recovery', tookMs, PROMISED_MS + SECOND_PROBE_MS);
+}, 90_000);
+
+test('when its HTTP client hangs up', async () => {
+  await start();
+  const tookMs: number[] = [];
+  for (let round = 0; round < NUM_ROUNDS; round++) {
+    const isStream = round % 2 === 0;
+    const hangUp = new AbortController();
+    const reply = fetch(`${tested.cluster.httpUrl}/v1/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ prompt: LONG_PROMPT, max_tokens: 60, ignore_eos: true, stream: isStream }),
+      signal: hangUp.signal,
+    });
+    const ended = reply.then((response) => response.text()).catch((cause: unknown) => cause);
+    await until((now) => usedBlocks(now) > 0);
+    const startedMs = performance.now();
+    hangUp.abort();
+    await free();
+    tookMs.push(performance.now() - startedMs);
+    expect(await ended).toMatchObject({ name: 'AbortError' });
+  }
+  judge('by hanging up', tookMs);
+}, 60_000);
