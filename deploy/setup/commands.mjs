@@ -41,11 +41,41 @@ async function runTests(args) {
 /** @param {readonly string[]} args of `npm run chaos` */
 async function runChaos(args) {
   const { readChaosArguments } = await import('../../test/chaos/run.mjs');
-  const { environment, vitestArgs } = readChaosArguments(args);
+  return runWithVariables(readChaosArguments, args);
+}
+
+/** @param {readonly string[]} args of `npm run soak` */
+async function runSoak(args) {
+  const { readSoakArguments } = await import('../../test/chaos/soak-run.mjs');
+  return runWithVariables(readSoakArguments, args);
+}
+
+/**
+ * @param {(args: readonly string[]) => { environment: Record<string, string>, vitestArgs: string[] }} read
+ * @param {readonly string[]} args
+ */
+async function runWithVariables(read, args) {
+  const { environment, vitestArgs } = understood(read, args);
   return runInForeground([BIN.vitest, 'run', ...vitestArgs], {
     ...(await prepare({ needsNatsServer: true })),
     ...environment,
   });
+}
+
+/**
+ * @template T
+ * @param {(args: readonly string[]) => T} read
+ * @param {readonly string[]} args
+ * @returns {T}
+ * @throws SetupError that says which argument is wrong
+ */
+function understood(read, args) {
+  try {
+    return read(args);
+  } catch (error) {
+    if (error instanceof TypeError) throw new SetupError(error.message);
+    throw error;
+  }
 }
 
 /**
@@ -93,10 +123,12 @@ export async function runCommand(command, args) {
         return await runBench(args);
       case 'chaos':
         return await runChaos(args);
+      case 'soak':
+        return await runSoak(args);
       case 'check':
         return await runChecks();
       default:
-        say('usage: node deploy/bootstrap.mjs demo|start|test|bench|chaos|check [args...]');
+        say('usage: node deploy/bootstrap.mjs demo|start|test|bench|chaos|soak|check [args...]');
         return 2;
     }
   } catch (error) {

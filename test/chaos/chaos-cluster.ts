@@ -99,6 +99,10 @@ export class ChaosCluster {
     return this.#nats.port;
   }
 
+  get natsPid(): number | undefined {
+    return this.#nats.pid;
+  }
+
   logs(): string {
     return this.#lines.join('\n');
   }

@@ -42,7 +42,8 @@ function observeEventLoop(registry: Registry): void {
     registers: [registry],
     collect: () => {
       // The histogram holds whole intervals, of which the resolution is none of the delay.
-      const lateS = (ns: number): number => (delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS) / 1e3);
+      const lateS = (ns: number): number =>
+        delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS) / 1e3;
       gauge.set({ quantile: '0.5' }, lateS(delays.percentile(50)));
       gauge.set({ quantile: '0.99' }, lateS(delays.percentile(99)));
       gauge.set({ quantile: '1' }, lateS(delays.max));

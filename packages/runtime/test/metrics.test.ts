@@ -10,6 +10,8 @@ let nats: NatsServer;
 const buses: Bus[] = [];
 const failures: unknown[] = [];
 
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
 async function connect(): Promise<Bus> {
   const bus = await Bus.connect({ url: nats.url, name: 'test', connectTimeoutMs: 5000 }, { onError: () => {} });
   buses.push(bus);
@@ -92,4 +94,17 @@ test('nobody there is an empty page', async () => {
   expect((await collectMetrics(bus, 100)).trim()).toBe('');
   await bus.close();
   await alone.stop();
+});
+
+test('an event loop that stood still is seen once, in the next scrape', async () => {
+  const registry = createRegistry('gateway', 'g3');
+  const worstSeconds = async (): Promise<number> =>
+    Number(/^lamina_event_loop_delay_seconds\{quantile="1",.*\} (\S+)$/m.exec(await registry.metrics())?.[1]);
+  await sleep(200);
+  const untilMs = performance.now() + 400;
+  while (performance.now() < untilMs);
+  await sleep(100);
+  expect(await worstSeconds()).toBeGreaterThan(0.25);
+  await sleep(200);
+  expect(await worstSeconds()).toBeLessThan(0.25);
 });

@@ -31,6 +31,7 @@ export interface NatsServerOptions {
 export interface NatsServer {
   readonly url: string;
   readonly port: number;
+  readonly pid: number | undefined;
   /** Stops the server and waits until it is gone. */
   stop(): Promise<void>;
   /** Ends it as a crash does; its store stays if `storeDir` was given. */
@@ -78,7 +79,13 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
       }
       rmSync(workDir, { recursive: true, force: true });
     };
-    return { url: `nats://127.0.0.1:${port}`, port, stop: () => end('SIGTERM'), kill: () => end('SIGKILL') };
+    return {
+      url: `nats://127.0.0.1:${port}`,
+      port,
+      pid: child.pid,
+      stop: () => end('SIGTERM'),
+      kill: () => end('SIGKILL'),
+    };
   } catch (cause) {
     process.off('exit', cleanUp);
     cleanUp();

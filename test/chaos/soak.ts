@@ -1,0 +1,162 @@
+/**
+ * The soak: mixed load for as long as is wanted, a process killed every half minute, and at the end nothing lost, nothing
+ * that grew, and no event loop that stood still. `npm run soak -- [--minutes N] [--seed N] [--json FILE]`
+ */
+import { writeFileSync } from 'node:fs';
+import { STREAMS } from '@lamina/protocol';
+import { processEnvironment, type Service } from '@lamina/runtime';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { ChaosCluster } from './chaos-cluster.ts';
+import { Random } from './random.ts';
+import { Noise } from './soak-noise.ts';
+import { type ProcessRow, Samples } from './soak-samples.ts';
+import { type Answers, makeRequests, sleep, Workload } from './workload.ts';
+
+const { LAMINA_SOAK_MINUTES, LAMINA_SOAK_SEED, LAMINA_SOAK_JSON } = processEnvironment();
+const minutes = Number(LAMINA_SOAK_MINUTES ?? '30');
+const seed = Number(LAMINA_SOAK_SEED ?? '1');
+const DURATION_MS = minutes * 60_000;
+/** Heaps reach their size, and model loading is over. */
+const WARM_UP_MS = Math.min(5 * 60_000, DURATION_MS / 3);
+const SAMPLE_MS = 10_000;
+const KILL_MS = 30_000;
+const CONCURRENCY = 4;
+const NUM_NOISY_CLIENTS = 3;
+const TIMEOUT_MS = DURATION_MS + 300_000;
+
+/** A heap that still finds its size looks like a leak: growth is judged over this time, and printed in any case. */
+const MIN_JUDGED_MS = 15 * 60_000;
+const MAX_GROWTH_PERCENT = 5;
+/** Connections that are open at a moment differ from those at another. */
+const MAX_MORE_FILES = 24;
+const MAX_LOOP_DELAY_MS = 50;
+/** Each stream is limited to 512 MiB; files of the server have a little more than their messages. */
+const MAX_STORE_MIB = Object.keys(STREAMS).length * 512 * 1.25;
+
+/** Half of the replicas; the first of each service lives through the run. */
+const VICTIMS: readonly Service[] = ['gateway', 'dense-executor', 'attention-shard'];
+
+const requests = makeRequests(40, new Random(seed));
+let expected: Answers;
+let tested: ChaosCluster;
+
+beforeAll(async () => {
+  console.log(`seed ${seed}, ${minutes} min`);
+  const undisturbed = await ChaosCluster.start();
+  const workload = await Workload.create(undisturbed.cluster.bus, requests);
+  expected = await workload.learn(CONCURRENCY).finally(() => undisturbed.stop());
+  tested = await ChaosCluster.start();
+}, 180_000);
+afterAll(() => tested.stop(), 60_000);
+
+/** Rounds of durable requests, each judged and forgotten. */
+async function answerExactly(
+  isOver: () => boolean,
+): Promise<Record<'requests' | 'lost' | 'doubled' | 'wrong', number>> {
+  const workload = await Workload.create(tested.cluster.bus, requests, expected);
+  const sum = { requests: 0, lost: 0, doubled: 0, wrong: 0 };
+  for (let round = 0; round === 0 || !isOver(); round++) {
+    const outcome = await workload.run(`soak ${round}`, CONCURRENCY, () => true);
+    for (const name of ['requests', 'lost', 'doubled', 'wrong'] as const) sum[name] += outcome[name];
+  }
+  return sum;
+}
+
+async function every(periodMs: number, isOver: () => boolean, act: () => Promise<void>): Promise<void> {
+  for (let nextMs = performance.now() + periodMs; ; nextMs += periodMs) {
+    while (!isOver() && performance.now() < nextMs) await sleep(100);
+    if (isOver()) return;
+    await act();
+  }
+}
+
+test(
+  'a long run under load and kills',
+  async () => {
+    const random = new Random(seed + 1);
+    const { cluster } = tested;
+    const firsts = new Map(VICTIMS.map((service) => [service, cluster.processes(service)[0]]));
+    const samples = new Samples(tested);
+    await cluster.add('gateway', { httpPort: '0' });
+    const deadlineMs = performance.now() + DURATION_MS;
+    const isOver = (): boolean => performance.now() > deadlineMs;
+    const noise = new Noise(cluster.bus, cluster.httpUrl);
+    let numKills = 0;
+    let numGatewayKills = 0;
+    const kill = async (): Promise<void> => {
+      const service = random.pick(VICTIMS);
+      const others = cluster.processes(service).filter((child) => child.isRunning && child !== firsts.get(service));
+      random.pick(others).kill('SIGKILL');
+      numKills++;
+      if (service === 'gateway') numGatewayKills++;
+      await sleep(random.between(0, 800));
+      await cluster.add(service, service === 'gateway' ? { httpPort: '0' } : {});
+    };
+    const [outcome] = await Promise.all([
+      answerExactly(isOver),
+      every(KILL_MS, isOver, kill),
+      every(SAMPLE_MS, isOver, () => samples.take()),
+      ...Array.from({ length: NUM_NOISY_CLIENTS }, (_, client) => noise.run(new Random(seed + 10 + client), isOver)),
+    ]);
+    const processes = samples.rows(WARM_UP_MS);
+    const { storeMiB } = samples;
+    const done = Object.fromEntries(noise.numDone);
+    const result = { seed, minutes, numKills, ...outcome, noise: done, mistakes: noise.mistakes, storeMiB, processes };
+    if (LAMINA_SOAK_JSON !== undefined) writeFileSync(LAMINA_SOAK_JSON, `${JSON.stringify(result, null, 2)}\n`);
+    const { lost, doubled, wrong } = outcome;
+    console.log(
+      `${numKills} kills, ${outcome.requests} durable requests: lost ${lost}, doubled ${doubled}, wrong ${wrong}\n` +
+        `others: ${JSON.stringify(done)}, ${noise.numUnanswered} unanswered\nJetStream store: ${storeMiB.first} to ${storeMiB.last} MiB\n${tableOf(processes)}`,
+    );
+    expect({ lost, doubled, wrong }).toEqual({ lost: 0, doubled: 0, wrong: 0 });
+    expect(noise.mistakes).toEqual([]);
+    expect(noise.numUnanswered).toBeLessThanOrEqual(numGatewayKills * NUM_NOISY_CLIENTS);
+    expect(storeMiB.last).toBeLessThan(MAX_STORE_MIB);
+    await expectNothingWaits();
+    expect(problemsOf(processes)).toEqual([]);
+  },
+  TIMEOUT_MS,
+);
+
+/** The queues are empty when their clients have stopped, and what is kept is limited by age and size. */
+async function expectNothingWaits(): Promise<void> {
+  const manager = await tested.cluster.bus.connection.jetstreamManager();
+  for (const { name } of Object.values(STREAMS)) {
+    const { config } = await manager.streams.info(name);
+    expect(config.max_bytes, name).toBeGreaterThan(0);
+  }
+  for (const { name } of [STREAMS.prompts, STREAMS.work]) {
+    const untilMs = performance.now() + 60_000;
+    while ((await manager.streams.info(name)).state.messages > 0 && performance.now() < untilMs) await sleep(200);
+    expect((await manager.streams.info(name)).state.messages, name).toBe(0);
+  }
+}
+
+function problemsOf(processes: readonly ProcessRow[]): string[] {
+  const isLongEnough = DURATION_MS >= MIN_JUDGED_MS;
+  if (!isLongEnough) console.log(`memory is not judged in less than ${MIN_JUDGED_MS / 60_000} min`);
+  return processes.flatMap(({ name, growthPercent, numFiles, loopDelayMs }) => {
+    const problems: string[] = [];
+    // The index of what a server keeps grows until the token stream reaches its limits: an hour, 512 MiB.
+    const isJudged = isLongEnough && name !== 'nats-server';
+    if (isJudged && growthPercent > MAX_GROWTH_PERCENT) problems.push(`${name} grew by ${growthPercent.toFixed(1)} %`);
+    if (numFiles.last - numFiles.first > MAX_MORE_FILES) problems.push(`${name} has ${numFiles.last} files open`);
+    if (loopDelayMs !== undefined && loopDelayMs.median >= MAX_LOOP_DELAY_MS)
+      problems.push(`${name}: event-loop delay p99 is ${loopDelayMs.median.toFixed(0)} ms`);
+    return problems;
+  });
+}
+
+function tableOf(processes: readonly ProcessRow[]): string {
+  const rows = processes.map(({ name, numSamples, residentMiB, growthPercent, numFiles, loopDelayMs }) => {
+    const delays =
+      loopDelayMs === undefined ? '-' : `${loopDelayMs.median.toFixed(1)} / ${loopDelayMs.worst.toFixed(1)}`;
+    const memory = `${residentMiB.first} to ${residentMiB.last}`;
+    return `| ${[name, numSamples, memory, growthPercent.toFixed(1), `${numFiles.first} to ${numFiles.last}`, delays].join(' | ')} |`;
+  });
+  return [
+    '| process | samples | resident MiB | growth % | open files | event-loop delay p99 of 10 s, ms: median / worst |',
+    '|---|---|---|---|---|---|',
+    ...rows,
+  ].join('\n');
+}
