@@ -145,7 +145,7 @@ test('when its HTTP client hangs up', async () => {
     const reply = fetch(`${tested.cluster.httpUrl}/v1/completions`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ prompt: LONG_PROMPT, max_tokens: 60, ignore_eos: true, stream: isStream }),
+      body: JSON.stringify({ prompt: PROMPT.repeat(5), max_tokens: 600, ignore_eos: true, stream: isStream }),
       signal: hangUp.signal,
     });
     const ended = reply.then((response) => response.text()).catch((cause: unknown) => cause);

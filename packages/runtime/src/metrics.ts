@@ -29,8 +29,8 @@ export function createRegistry(service: string, instance: string): Registry {
   return registry;
 }
 
-/** One timer of the runtime at this resolution; it costs an idle process nothing that can be seen. */
-const EVENT_LOOP_RESOLUTION_MS = 50;
+/** Ten wake-ups a second: at 50 ms an idle process spent 0.13 % of a core on them. */
+const EVENT_LOOP_RESOLUTION_MS = 100;
 
 function observeEventLoop(registry: Registry): void {
   const delays = monitorEventLoopDelay({ resolution: EVENT_LOOP_RESOLUTION_MS });
