@@ -44,6 +44,12 @@ const byteSize: z.ZodType<number, string> = z
   .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be from 1 byte to 8388607g');
 
 const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
+/**
+ * Measured on two cores with SmolLM2-135M's shape in int4 (docs/performance.md): one worker of two threads makes 1.1 times
+ * the tokens of one thread at 32 requests and 1.2 times at one; two workers of one thread are no better at 32 and hold the
+ * weights twice.
+ */
+const DENSE_THREADS = String(Math.max(Math.min(2, cpus().length), Math.floor(cpus().length / 2)));
 
 export const SETTINGS = {
   natsUrl: setting({
@@ -207,10 +213,10 @@ export const SETTINGS = {
   }),
   denseWorkers: setting({
     env: 'LAMINA_DENSE_WORKERS',
-    fallback: HALF_THE_CORES,
+    fallback: '1',
     schema: integer(1, 256),
     usedBy: ['dense-executor'],
-    meaning: 'Worker threads, each with its own ONNX Runtime session and NATS connection. Default: half the cores.',
+    meaning: 'Worker threads, each with its own ONNX Runtime session, weights and NATS connection.',
   }),
   wavesPerWorker: setting({
     env: 'LAMINA_WAVES_PER_WORKER',
@@ -221,10 +227,10 @@ export const SETTINGS = {
   }),
   intraOpThreads: setting({
     env: 'LAMINA_INTRA_OP_THREADS',
-    fallback: '1',
+    fallback: DENSE_THREADS,
     schema: integer(1, 256),
     usedBy: ['dense-executor'],
-    meaning: 'Threads of one ONNX Runtime session.',
+    meaning: 'Threads of one ONNX Runtime session. Default: half the cores, at least two if there are two.',
   }),
   maxBatchedTokens: setting({
     env: 'LAMINA_MAX_BATCHED_TOKENS',
