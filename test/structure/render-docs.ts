@@ -74,7 +74,7 @@ ${table(['role', 'may publish', 'may subscribe'], permissions)}
 
 export function renderConfiguration(): string {
   const names = Object.keys(SETTINGS).filter((name): name is SettingName => Object.hasOwn(SETTINGS, name));
-  const machineDependent = new Set<SettingName>(['denseWorkers', 'attentionThreads']);
+  const machineDependent = new Set<SettingName>(['intraOpThreads', 'attentionThreads']);
   const rows = names.map((name) => {
     const { env, fallback, meaning, usedBy } = SETTINGS[name];
     const users = usedBy.length === SERVICES.length ? 'all' : usedBy.join(', ');
