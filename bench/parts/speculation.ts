@@ -1,7 +1,6 @@
 /** Owns the row of speculation: one request on text that repeats, with and without drafts. */
 import { join } from 'node:path';
 import { ROOT_DIRECTORY } from '@lamina/cli';
-import { SETTINGS } from '@lamina/runtime';
 import { compareDecode } from '../alternate.ts';
 import type { Context } from '../context.ts';
 import { LaminaPeer } from '../peers/lamina.ts';
@@ -13,7 +12,6 @@ const CONTEXT_TOKENS = 512;
 const MAX_NEW_TOKENS = 500;
 const PERIOD_TOKENS = 32;
 const VOCABULARY = 1024;
-const SWITCH = 'LAMINA_SPECULATION';
 
 export async function speculation(context: Context): Promise<Row[]> {
   const name = {
@@ -24,13 +22,11 @@ export async function speculation(context: Context): Promise<Row[]> {
     mustReach: 1.5,
   };
   return measuredTogether([name], async () => {
-    if (!Object.values(SETTINGS).some((setting) => String(setting.env) === SWITCH))
-      throw new Error(`there is no setting ${SWITCH}`);
     const phrase = randomIntegers(3, PERIOD_TOKENS, VOCABULARY - 300).map((token) => token + 256);
     const prompt = Array.from({ length: CONTEXT_TOKENS }, (_, i) => phrase[i % PERIOD_TOKENS]!);
     const modelDir = join(ROOT_DIRECTORY, 'models', 'lamina-tiny');
     const peerOf = (value: string): LaminaPeer =>
-      new LaminaPeer({ modelDir, prompts: [prompt], settings: { weights: 'f32' }, environment: { [SWITCH]: value } });
+      new LaminaPeer({ modelDir, prompts: [prompt], settings: { weights: 'f32', speculation: value } });
     const [ours, without] = [peerOf('auto'), peerOf('off')];
     try {
       const { threads, directory } = context;

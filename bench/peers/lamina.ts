@@ -37,6 +37,8 @@ const SETTINGS_OF_BENCHMARKS: ServiceSettings = {
   weights: 'int4',
   kvDtype: 'f16',
   kvBudgetBytes: '4g',
+  // Random weights soon repeat themselves: guessed tokens would count as speed that no real text has.
+  speculation: 'off',
   heartbeatTimeoutMs: LONG_MS,
   gatherTimeoutMs: LONG_MS,
   requestTimeoutMs: '30000',

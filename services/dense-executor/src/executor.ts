@@ -45,6 +45,8 @@ export class Executor {
   readonly #options: ExecutorOptions;
   readonly #eosTokenIds: ReadonlySet<number>;
   readonly #cancelledIds = new Set<string>();
+  /** Leases of requests whose stored part is being read, the latest of each. */
+  readonly #resuming = new Map<string, WorkLease>();
   #pool: StepRunner | undefined;
   #numArrivals = 0;
   #renewal: NodeJS.Timeout | undefined;
@@ -89,7 +91,10 @@ export class Executor {
       known.lease = lease;
       return;
     }
-    if (lease.deliveryCount > 1 || item.isContinued === true) void this.#resume(lease);
+    const isResuming = this.#resuming.has(item.id);
+    if (isResuming || lease.deliveryCount > 1 || item.isContinued === true) this.#resuming.set(item.id, lease);
+    if (isResuming) return;
+    if (this.#resuming.has(item.id)) void this.#resume(lease);
     else this.#begin(lease, { tokens: [], lastSequence: 0 });
   }
 
@@ -98,19 +103,23 @@ export class Executor {
     const { tokens, log } = this.#options;
     const { id } = lease.item;
     this.requests.arriving();
+    const renewal = setInterval(() => this.#resuming.get(id)?.renew(), ACK_WAIT_MS / 3);
     try {
       const stored = await tokens.stored(id);
       log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.tokens.length }, 'taking a request up');
       const last = stored.tokens.at(-1);
-      if (last !== undefined && last.finish_reason !== null) lease.complete();
-      else if (this.requests.get(id) === undefined) this.#begin(lease, stored);
+      const current = this.#resuming.get(id) ?? lease;
+      if (last !== undefined && last.finish_reason !== null) current.complete();
+      else if (this.requests.get(id) === undefined) this.#begin(current, stored);
     } catch (cause) {
       log.warn(
         { err: asLaminaError(cause), id },
         'the stored part of an answer cannot be read; handing the request back',
       );
-      lease.release(RELEASE_DELAY_MS);
+      (this.#resuming.get(id) ?? lease).release(RELEASE_DELAY_MS);
     } finally {
+      clearInterval(renewal);
+      this.#resuming.delete(id);
       this.requests.arrived();
     }
   }
