@@ -128,6 +128,9 @@ function seedsOf(
   ];
 }
 
+const REPLIES = ['_INBOX.nobody', SUBJECTS.work('w'), '$JS.API.STREAM.PURGE.LAMINA_TOKENS'];
+const STORED = /^lamina\.v1\.(work|tokens|prompts)\b/;
+
 async function flood(
   nats: NatsConnection,
   subject: string,
@@ -135,9 +138,11 @@ async function flood(
   cases: number,
 ): Promise<void> {
   const random = randomOf(subject.length);
+  const isStored = STORED.test(subject);
   for (let done = 0; done < cases; done++) {
     // An answer would go to nobody, save where the receiver must refuse to publish: its own subjects and the server's.
-    const reply = ['_INBOX.nobody', SUBJECTS.work('w'), '$JS.API.STREAM.PURGE.LAMINA_TOKENS'][done % 3]!;
+    // Where the receiver is a stream, the server itself answers, so a reply there would empty the stream; only services may publish on those.
+    const reply = isStored ? '_INBOX.nobody' : REPLIES[done % REPLIES.length]!;
     nats.publish(subject, mutate(seeds, random), { reply });
     if (done % BATCH === BATCH - 1) await nats.flush();
   }
