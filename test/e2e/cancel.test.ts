@@ -22,6 +22,8 @@ const NUM_ROUNDS = 20;
  */
 const WHOLE_PROMPT_STEPS = { prefillChunkTokens: '1024', maxBatchedTokens: '1024' } as const;
 const WHOLE_PROMPT_STEP_MS = 400;
+/** With chunks of 256 tokens the median is 73 to 89 ms where nothing else runs; beside other tests a step takes longer. */
+const CHUNK_STEP_MS = 150;
 
 let tested: TestCluster;
 afterEach(async ({ task }) => {
@@ -99,7 +101,7 @@ test('while it decodes', async () => {
 }, 60_000);
 
 test.each([
-  ['in chunks', {}, PROMISED_MS],
+  ['in chunks', {}, PROMISED_MS + CHUNK_STEP_MS],
   ['in one step', WHOLE_PROMPT_STEPS, PROMISED_MS + WHOLE_PROMPT_STEP_MS],
 ])(
   'while a long prompt is prefilled %s',
