@@ -13,6 +13,7 @@ import { mkdir, readFile, realpath, rm, stat, writeFile } from 'node:fs/promises
 import { basename, dirname, join, relative, resolve, sep } from 'node:path';
 import { LaminaError } from '@lamina/tensor';
 import { z } from 'zod';
+import { type ActivationBits, activationBitsHere } from './activation-bits.ts';
 import { buildOnce } from './build-cache.ts';
 import type { ModelConfig } from './model-config.ts';
 import { describePublished, type ModelDescription, readModel } from './model-description.ts';
@@ -56,6 +57,8 @@ export interface BuildOptions {
    * one, else fp32.
    */
   readonly variant?: string | undefined;
+  /** Of activations that int8 weights are multiplied with. Default: what this processor multiplies exactly. */
+  readonly activationBits?: ActivationBits;
   /** Called while a build runs; once with all bytes done if the cache had it. */
   readonly onProgress?: (doneBytes: number, totalBytes: number) => void;
 }
@@ -63,7 +66,7 @@ export interface BuildOptions {
 export const DEFAULT_WEIGHT_FORMAT: WeightFormat = 'f32';
 
 /** Raise it with every change of what is built from the same input. */
-const BUILDER_VERSION = 2;
+const BUILDER_VERSION = 3;
 const WEIGHTS_FILE_NAME = 'weights.bin';
 const STAGED_FILE_NAME = 'staged.onnx';
 const UNCUT_FILE_NAME = 'uncut.onnx';
@@ -78,6 +81,7 @@ interface BuildPlan {
   readonly config: ModelConfig;
   readonly checkpoint: Checkpoint;
   readonly format: WeightFormat;
+  readonly activationBits: ActivationBits;
   readonly key: string;
   readonly target: string;
   readonly dataDir: string;
@@ -89,12 +93,13 @@ interface BuildPlan {
  */
 export async function buildModel(dir: string, options: BuildOptions): Promise<BuiltModel> {
   const { cacheDir, weights: format = DEFAULT_WEIGHT_FORMAT, onProgress = () => {} } = options;
+  const activationBits = options.activationBits ?? activationBitsHere();
   const published = await buildPublishedModel(dir, options);
   if (published !== null) return published;
   const description = await readModel(dir);
   const checkpoint = await Checkpoint.open(description.dir);
   try {
-    const plan = await planBuild(description, checkpoint, format, resolve(cacheDir));
+    const plan = await planBuild(description, checkpoint, { format, activationBits }, resolve(cacheDir));
     const { key, target, dataDir } = plan;
     await writing(target, () =>
       buildOnce(target, {
@@ -152,11 +157,13 @@ async function buildPublishedModel(
 async function planBuild(
   { config, modelId }: ModelDescription,
   checkpoint: Checkpoint,
-  format: WeightFormat,
+  { format, activationBits }: Pick<BuildPlan, 'format' | 'activationBits'>,
   cacheDir: string,
 ): Promise<BuildPlan> {
   if (config === null) throw new TypeError('a published decoder is not built from a checkpoint');
   const facts: unknown[] = [BUILDER_VERSION, config, format, await checkpoint.fingerprint()];
+  // Machines of two kinds may share a cache.
+  if (format === 'int8') facts.push(activationBits);
   const places: string[] = [];
   if (format === 'checkpoint') {
     // Files of a downloaded model may be links: ONNX Runtime looks where they lead.
@@ -166,11 +173,11 @@ async function planBuild(
   const key = createHash('sha256').update(JSON.stringify(facts)).digest('hex');
   const target = join(places[0] ?? cacheDir, `${modelId}-${format}-${key.slice(0, 16)}`);
   const dataDir = places.length === 0 ? target : commonDirectory([target, ...places.slice(1)]);
-  return { config, checkpoint, format, key, target, dataDir };
+  return { config, checkpoint, format, activationBits, key, target, dataDir };
 }
 
 async function build(
-  { config, checkpoint, format, key, target, dataDir }: BuildPlan,
+  { config, checkpoint, format, activationBits, key, target, dataDir }: BuildPlan,
   dir: string,
   onProgress: (doneBytes: number, totalBytes: number) => void,
 ): Promise<void> {
@@ -178,7 +185,7 @@ async function build(
   await checkTiedHead(config, checkpoint);
   const locationOf = (path: string): string => relative(dataDir, path).replaceAll(sep, '/');
   const weightsPath = join(target, WEIGHTS_FILE_NAME);
-  const layout = layOutWeights(config, { format, checkpoint, locationOf, weightsPath });
+  const layout = layOutWeights(config, { format, activationBits, checkpoint, locationOf, weightsPath });
   const journal = join(dir, JOURNAL_FILE_NAME);
   await writeWeightsFile({ weights: join(dir, WEIGHTS_FILE_NAME), journal }, layout, checkpoint, onProgress);
   await writeFile(join(dir, STAGED_FILE_NAME), encodeModel(buildStagedGraph(config, layout)));

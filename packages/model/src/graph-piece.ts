@@ -4,7 +4,15 @@
  * Invariants
  * 1. An initializer is added with its first use, so a piece holds the weights that it uses and no others.
  */
-import { externalInitializer, floatInitializer, int64Initializer, type OnnxNode, type OnnxTensor } from './onnx.ts';
+import {
+  byteInitializer,
+  externalInitializer,
+  floatInitializer,
+  int64Initializer,
+  type OnnxNode,
+  type OnnxTensor,
+  zeroInitializer,
+} from './onnx.ts';
 import type { StoredTensor, Weight } from './weight.ts';
 
 /** Nodes and initializers under construction. */
@@ -35,6 +43,18 @@ export class GraphPiece {
   /** Name of a float32 constant. */
   scalar(name: string, value: number): string {
     this.#initializers.set(name, floatInitializer(name, value));
+    return name;
+  }
+
+  /** Name of float32 zeros. */
+  zeros(name: string, dims: readonly number[]): string {
+    this.#initializers.set(name, zeroInitializer(name, dims));
+    return name;
+  }
+
+  /** Name of a uint8 constant. */
+  byte(name: string, value: number): string {
+    this.#initializers.set(name, byteInitializer(name, value));
     return name;
   }
 

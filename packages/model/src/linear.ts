@@ -6,13 +6,19 @@
  * 1. Inputs and outputs are float32 whatever the storage.
  * 2. What only depends on weights (casts, joins, transposes) is nodes on initializers of the same graph, which ONNX
  *    Runtime folds when it loads the graph: no step pays for it.
+ * 3. A row of activations is rounded by its own largest value, and sums of integers are exact: what a token's products
+ *    are does not depend on the tokens beside it.
  */
 import type { GraphPiece } from './graph-piece.ts';
 import { FLOAT32_TYPE, MICROSOFT_DOMAIN, node } from './onnx.ts';
-import { BLOCK_SIZE, type QuantizedStorage, type StoredTensor, type Weight } from './weight.ts';
+import { BLOCK_SIZE, type BlockStorage, type IntegerStorage, type StoredTensor, type Weight } from './weight.ts';
 
+/** Of a value in blocks. */
+const BITS = 4;
 /** MatMulNBits: activations are quantized to int8 too, per row and block. */
 const ACCURACY_LEVEL = 4;
+/** In place of the largest magnitude of a row that is zero. */
+const LEAST_MAGNITUDE = 1e-30;
 
 /** `input` [.., K] times `weight` [K, N] (+ `bias` [N]). Returns the name of the result, `prefix.label`. */
 export function addLinear(
@@ -25,7 +31,8 @@ export function addLinear(
   const output = `${prefix}.${label}`;
   const product = bias === null ? output : `${output}.product`;
   const { storage } = weight;
-  if (storage.kind === 'quantized') addQuantizedProduct(piece, storage, input, product);
+  if (storage.kind === 'blocks') addBlockProduct(piece, storage, input, product);
+  else if (storage.kind === 'integers') addIntegerProduct(piece, storage, input, product);
   else piece.add(node('MatMul', [input, denseMatrix(piece, weight)], [product]));
   if (bias !== null) piece.add(node('Add', [product, piece.weight(bias)], [output]));
   return output;
@@ -34,12 +41,21 @@ export function addLinear(
 /** Rows `indices` [..] of `table` [rows, width]: [.., width]. */
 export function addLookup(piece: GraphPiece, table: Weight, indices: string, output: string): void {
   const { storage } = table;
-  if (storage.kind === 'quantized') {
-    const { bits, rows, values, scales } = storage;
+  if (storage.kind === 'blocks') {
+    const { rows, values, scales } = storage;
     const inputs = [piece.stored(values, `${values.name}.rows`, [rows, values.byteLength / rows]), indices];
     inputs.push(piece.stored(scales));
-    const attributes = { gather_axis: 0, quantize_axis: 1, block_size: BLOCK_SIZE, bits };
+    const attributes = { gather_axis: 0, quantize_axis: 1, block_size: BLOCK_SIZE, bits: BITS };
     piece.add(node('GatherBlockQuantized', inputs, [output], attributes, MICROSOFT_DOMAIN));
+    return;
+  }
+  if (storage.kind === 'integers') {
+    const { rows, values, scales } = storage;
+    const [gathered, cast, scale] = [`${output}.integers`, `${output}.unscaled`, `${output}.scales`];
+    piece.add(node('Gather', [piece.stored(values), indices], [gathered]));
+    piece.add(node('Cast', [gathered], [cast], { to: FLOAT32_TYPE }));
+    piece.add(node('Gather', [piece.stored(scales, `${scales.name}.rows`, [rows, 1]), indices], [scale]));
+    piece.add(node('Mul', [cast, scale], [output]));
     return;
   }
   const tensor = onlyTensor(table);
@@ -52,8 +68,12 @@ export function addLookup(piece: GraphPiece, table: Weight, indices: string, out
 /** `input` [R, width] times the transpose of `table` [rows, width]: [R, rows]. */
 export function addTableProduct(piece: GraphPiece, table: Weight, input: string, output: string): void {
   const { storage } = table;
-  if (storage.kind === 'quantized') {
-    addQuantizedProduct(piece, storage, input, output);
+  if (storage.kind === 'blocks') {
+    addBlockProduct(piece, storage, input, output);
+    return;
+  }
+  if (storage.kind === 'integers') {
+    addIntegerProduct(piece, storage, input, output);
     return;
   }
   // The table lies as rows, so that a tied head is stored once; Gemm packs it transposed.
@@ -87,9 +107,40 @@ function onlyTensor({ name, storage }: Weight): StoredTensor {
   return tensor;
 }
 
-function addQuantizedProduct(piece: GraphPiece, storage: QuantizedStorage, input: string, output: string): void {
-  const { bits, rows, width, values, scales } = storage;
-  const attributes = { K: width, N: rows, bits, block_size: BLOCK_SIZE, accuracy_level: ACCURACY_LEVEL };
+function addBlockProduct(piece: GraphPiece, storage: BlockStorage, input: string, output: string): void {
+  const { rows, width, values, scales } = storage;
+  const attributes = { K: width, N: rows, bits: BITS, block_size: BLOCK_SIZE, accuracy_level: ACCURACY_LEVEL };
   const inputs = [input, piece.stored(values), piece.stored(scales)];
   piece.add(node('MatMulNBits', inputs, [output], attributes, MICROSOFT_DOMAIN));
+}
+
+/**
+ * With m = max |x| of each row: y = m * w.scales / 127 * (round(127 x / m) . w.values), the sum in int32; of 7 bits with 63.
+ * Activations are unsigned bytes about a zero point: the form that x86 has integer matrix instructions for. A row that is not finite gives NaN: ReduceMax passes NaN over, so `probe` = 0 . x has a say in m.
+ */
+function addIntegerProduct(piece: GraphPiece, storage: IntegerStorage, input: string, output: string): void {
+  const { width, values, scales, activationBits } = storage;
+  const name = (label: string): string => `${output}.${label}`;
+  const columns = `${values.name}.columns`;
+  const middle = 2 ** (activationBits - 1);
+  const step = piece.scalar('activation_step', 1 / (middle - 1));
+  const zeroPoint = piece.byte('activation_zero_point', middle);
+  const least = piece.scalar('least_magnitude', LEAST_MAGNITUDE);
+  piece.add(
+    node('Abs', [input], [name('magnitudes')]),
+    node('ReduceMax', [name('magnitudes')], [name('finite_largest')], { axes: { ints: [-1] }, keepdims: 1 }),
+    node('MatMul', [input, piece.zeros(`zeros_${width}`, [width, 1])], [name('probe')]),
+    node('Max', [name('finite_largest'), name('probe'), least], [name('largest')]),
+    node('Div', [input, name('largest')], [name('fractions')]),
+    node('QuantizeLinear', [name('fractions'), step, zeroPoint], [name('rounded')]),
+    node('Transpose', [piece.stored(values)], [columns], { perm: { ints: [1, 0] } }),
+    node(
+      'MatMulIntegerToFloat',
+      [name('rounded'), columns, step, piece.stored(scales), zeroPoint],
+      [name('unscaled')],
+      {},
+      MICROSOFT_DOMAIN,
+    ),
+    node('Mul', [name('unscaled'), name('largest')], [output]),
+  );
 }

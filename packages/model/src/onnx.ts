@@ -85,6 +85,7 @@ const STORED_TYPES: Readonly<Record<StoredType, number>> = {
   float16: DATA_TYPE.FLOAT16,
   bfloat16: DATA_TYPE.BFLOAT16,
   uint8: DATA_TYPE.UINT8,
+  int8: DATA_TYPE.INT8,
 };
 
 /** A stored tensor as an initializer of that name; `dims` may be other dims of as many elements. */
@@ -105,6 +106,17 @@ export function externalInitializer(name: string, tensor: StoredTensor, dims: re
 /** A float32 scalar as an inline initializer. */
 export function floatInitializer(name: string, value: number): OnnxTensor {
   return { name, dataType: DATA_TYPE.FLOAT, dims: [], floatData: [value] };
+}
+
+/** Float32 zeros as an inline initializer. */
+export function zeroInitializer(name: string, dims: readonly number[]): OnnxTensor {
+  const numElements = dims.reduce((a, b) => a * b, 1);
+  return { name, dataType: DATA_TYPE.FLOAT, dims: [...dims], rawData: new Uint8Array(numElements * 4) };
+}
+
+/** A uint8 scalar as an inline initializer. */
+export function byteInitializer(name: string, value: number): OnnxTensor {
+  return { name, dataType: DATA_TYPE.UINT8, dims: [], int32Data: [value] };
 }
 
 /** Integers (shapes, sizes, indices) as an inline initializer; no dims = a scalar. */

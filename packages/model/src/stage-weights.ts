@@ -35,7 +35,13 @@ export async function checkpointStageWeights(
 ): Promise<ModelWeights> {
   const checkpoint = await Checkpoint.open(dir);
   try {
-    const layout = layOutWeights(config, { format, checkpoint, locationOf: (path) => path, weightsPath: '' });
+    const layout = layOutWeights(config, {
+      format,
+      activationBits: 8,
+      checkpoint,
+      locationOf: (path) => path,
+      weightsPath: '',
+    });
     const first = [layout.embedding, layout.positions, ...layout.rotary.flatMap(({ cos, sin }) => [cos, sin])];
     const last = [...weightsIn(layout.finalNorm), layout.head];
     const stages = Array.from({ length: layout.layers.length + 1 }, (_, stage): StageWeights => {
@@ -96,7 +102,8 @@ function bytesOf({ storage }: Weight): number {
       return storage.tensor.byteLength;
     case 'in_place':
       return storage.tensors.reduce((total, { byteLength }) => total + byteLength, 0);
-    case 'quantized':
+    case 'blocks':
+    case 'integers':
       return storage.values.byteLength + storage.scales.byteLength;
   }
 }

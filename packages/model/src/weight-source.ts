@@ -28,7 +28,7 @@ export function openRows(weight: Weight, checkpoint: Checkpoint): ValueRows {
   const width = tensors[0]?.shape.at(-1) ?? 0;
   if (storage.kind === 'in_place' || role !== 'matrix') return rowsAsTheyLie(tensors, width);
   // [N, K] is wanted of a quantized matrix, [K, N] of any other.
-  const isWantedByOutputs = storage.kind === 'quantized';
+  const isWantedByOutputs = storage.kind !== 'dense';
   const liesByOutputs = source.kind === 'transposed';
   if (isWantedByOutputs === liesByOutputs) return rowsAsTheyLie(tensors, width);
   return transposedRows(tensors, width, dims);

@@ -7,10 +7,12 @@
  * 2. Plain weights (norms, biases, rotary tables) are float32 in the weights file whatever the format.
  * 3. Offsets in the weights file follow from the configuration and the format alone.
  */
+import type { ActivationBits } from './activation-bits.ts';
 import type { Checkpoint } from './safetensors.ts';
 import {
   BLOCK_SIZE,
-  type QuantizedStorage,
+  type BlockStorage,
+  type IntegerStorage,
   type StoredTensor,
   type StoredType,
   type Weight,
@@ -22,7 +24,7 @@ import {
 /**
  * How matrices, the embedding and the LM head are stored.
  * checkpoint: where they are, in the checkpoint's own files and dtype; nothing is copied.
- * f32, f16: converted, laid out for the operators that use them. int8, int4: quantized in blocks of 32.
+ * f32, f16: converted, laid out for the operators that use them. int8: integers with a scale per row. int4: in blocks of 32.
  */
 export const WEIGHT_FORMATS = ['checkpoint', 'f32', 'f16', 'int8', 'int4'] as const;
 export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
@@ -30,11 +32,12 @@ export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
 /** A page, so that ONNX Runtime maps the file instead of copying it. */
 const ALIGNMENT_BYTES = 4096;
 
-const STORED_BYTES: Readonly<Record<StoredType, number>> = { float32: 4, float16: 2, bfloat16: 2, uint8: 1 };
+const STORED_BYTES: Readonly<Record<StoredType, number>> = { float32: 4, float16: 2, bfloat16: 2, uint8: 1, int8: 1 };
 const IN_PLACE_TYPES = { F32: 'float32', F16: 'float16', BF16: 'bfloat16' } as const;
 
 export interface StorageOptions {
   readonly format: WeightFormat;
+  readonly activationBits: ActivationBits;
   readonly checkpoint: Checkpoint;
   /** The path by which sessions find a file: relative to the directory that they are told of. */
   locationOf(path: string): string;
@@ -69,9 +72,10 @@ export class WeightPlacer {
     if (format === 'f16') return this.#dense(name, 'float16', dims);
     if (format === 'checkpoint') return this.#inPlace(name, dims, source);
     const [rows = 0, width = 0] = role === 'matrix' ? [dims[1], dims[0]] : dims;
+    if (format === 'int8') return this.#integers(name, rows, width);
     // GatherBlockQuantized takes whole blocks only; so narrow a table costs nothing.
     if (role === 'table' && width % BLOCK_SIZE !== 0) return this.#dense(name, 'float32', dims);
-    return this.#quantized(name, format === 'int4' ? 4 : 8, rows, width);
+    return this.#blocks(name, rows, width);
   }
 
   #dense(name: string, type: StoredType, dims: readonly number[]): WeightStorage {
@@ -95,11 +99,17 @@ export class WeightPlacer {
     return { kind: 'in_place', tensors, transposed: source.kind === 'transposed' };
   }
 
-  #quantized(name: string, bits: 4 | 8, rows: number, width: number): QuantizedStorage {
+  #blocks(name: string, rows: number, width: number): BlockStorage {
     const blocks = Math.ceil(width / BLOCK_SIZE);
-    const values = this.#allocate(`${name}.q${bits}`, 'uint8', [rows, blocks, (BLOCK_SIZE * bits) / 8]);
+    const values = this.#allocate(`${name}.q4`, 'uint8', [rows, blocks, BLOCK_SIZE / 2]);
     const scales = this.#allocate(`${name}.scales`, 'float32', [rows, blocks]);
-    return { kind: 'quantized', bits, rows, width, values, scales };
+    return { kind: 'blocks', rows, width, values, scales };
+  }
+
+  #integers(name: string, rows: number, width: number): IntegerStorage {
+    const values = this.#allocate(`${name}.q8`, 'int8', [rows, width]);
+    const scales = this.#allocate(`${name}.scales`, 'float32', [rows]);
+    return { kind: 'integers', rows, width, values, scales, activationBits: this.#options.activationBits };
   }
 
   #allocate(name: string, type: StoredType, dims: readonly number[]): StoredTensor {

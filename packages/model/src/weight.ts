@@ -4,6 +4,7 @@
  * Invariants
  * 1. A stored tensor is the bytes of one range of one file.
  */
+import type { ActivationBits } from './activation-bits.ts';
 import type { RotaryTable } from './rotary.ts';
 
 /** One tensor of the checkpoint that is part of a weight. */
@@ -36,7 +37,7 @@ export interface Weight {
 /** What a weight is used for. matrix: [K, N] of a product. table: [rows, width] of lookups, and of the LM head. */
 export type WeightRole = 'plain' | 'matrix' | 'table';
 
-export type StoredType = 'float32' | 'float16' | 'bfloat16' | 'uint8';
+export type StoredType = 'float32' | 'float16' | 'bfloat16' | 'uint8' | 'int8';
 
 export interface StoredTensor {
   readonly name: string;
@@ -48,17 +49,30 @@ export interface StoredTensor {
   readonly byteLength: number;
 }
 
-/** A matrix [N, K] (a table: [rows, width]) in blocks of BLOCK_SIZE along its rows (quantize.ts). */
-export interface QuantizedStorage {
-  readonly kind: 'quantized';
-  readonly bits: 4 | 8;
+/** A matrix [N, K] (a table: [rows, width]) as 4-bit values in blocks of BLOCK_SIZE along its rows (quantize.ts). */
+export interface BlockStorage {
+  readonly kind: 'blocks';
   /** N, and K. */
   readonly rows: number;
   readonly width: number;
-  /** uint8 [N, ceil(K / 32), 32 * bits / 8]; of two 4-bit values the first is in the low half. */
+  /** uint8 [N, ceil(K / 32), 16]; of two 4-bit values the first is in the low half. */
   readonly values: StoredTensor;
   /** float32 [N, ceil(K / 32)] */
   readonly scales: StoredTensor;
+}
+
+/** A matrix [N, K] (a table: [rows, width]) as integers with one scale per row (quantize.ts). */
+export interface IntegerStorage {
+  readonly kind: 'integers';
+  /** N, and K. */
+  readonly rows: number;
+  readonly width: number;
+  /** int8 [N, K] */
+  readonly values: StoredTensor;
+  /** float32 [N] */
+  readonly scales: StoredTensor;
+  /** Of what it is multiplied with. */
+  readonly activationBits: ActivationBits;
 }
 
 export type WeightStorage =
@@ -66,7 +80,8 @@ export type WeightStorage =
   | { readonly kind: 'dense'; readonly tensor: StoredTensor }
   /** Tensors of the checkpoint: a matrix [K, N], if transposed its parts [N_i, K], joined along N; or a table. */
   | { readonly kind: 'in_place'; readonly tensors: readonly StoredTensor[]; readonly transposed: boolean }
-  | QuantizedStorage;
+  | BlockStorage
+  | IntegerStorage;
 
 export const BLOCK_SIZE = 32;
 

@@ -17,7 +17,7 @@ import { float32ToFloat16Bits } from '@lamina/tensor';
 import { checkFreeSpace } from './disk-space.ts';
 import { readFully, writeFully } from './file-io.ts';
 import { modelInvalid } from './model-error.ts';
-import { quantizeRows } from './quantize.ts';
+import { quantizeBlocks, quantizeRows } from './quantize.ts';
 import type { Checkpoint } from './safetensors.ts';
 import { type StoredTensor, storedTensorsOf, type Weight } from './weight.ts';
 import type { WeightLayout } from './weight-layout.ts';
@@ -87,8 +87,9 @@ async function writeWeight(
   for (let first = 0; first < rows.rows; first += rowsPerChunk) {
     const values = await rows.read(first, Math.min(rowsPerChunk, rows.rows - first));
     if (!isFinite32(values)) throw notFinite(weight, checkpoint);
-    if (storage.kind === 'quantized') {
-      const quantized = quantizeRows(values, rows.width, storage.bits);
+    if (storage.kind === 'blocks' || storage.kind === 'integers') {
+      const quantize = storage.kind === 'blocks' ? quantizeBlocks : quantizeRows;
+      const quantized = quantize(values, rows.width);
       await writers[0]?.write(quantized.values);
       await writers[1]?.write(quantized.scales);
     } else if (storage.kind === 'dense') {

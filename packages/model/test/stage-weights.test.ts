@@ -27,7 +27,13 @@ describe('the weights of a stage', () => {
   it.each(WEIGHT_FORMATS)('are those of its leaf of the staged graph (%s)', async (format) => {
     const { config } = await readModel(TINY);
     const checkpoint = await Checkpoint.open(TINY);
-    const layout = layOutWeights(config!, { format, checkpoint, locationOf: (path) => path, weightsPath: '' });
+    const layout = layOutWeights(config!, {
+      format,
+      activationBits: 8,
+      checkpoint,
+      locationOf: (path) => path,
+      weightsPath: '',
+    });
     await checkpoint.close();
     const staged = buildStagedGraph(config!, layout);
     const [first = 0, ...rest] = leavesOf(staged).map(externalBytes);

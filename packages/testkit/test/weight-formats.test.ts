@@ -31,6 +31,8 @@ const PERPLEXITY_BOUNDS = { checkpoint: 1e-6, f16: 1e-6, int8: 0.005, int4: 0.03
 const STAGED_BOUNDS = { checkpoint: 1e-4, f16: 1e-4, int8: 0.2, int4: 0.2 } as const;
 const FORMATS = ['checkpoint', 'f16', 'int8', 'int4'] as const;
 
+const TOKENS = Array.from({ length: 20 }, (_, i) => (i * 37 + 11) % 256);
+
 let scratch = '';
 beforeAll(async () => {
   scratch = await mkdtemp(join(tmpdir(), 'lamina-formats-'));
@@ -46,6 +48,25 @@ async function load(
   const built = await buildModel(dir, { cacheDir: join(scratch, 'cache'), weights });
   return Promise.all([UncutReference.load(built), StagedReference.load(built)]);
 }
+
+describe('int8', () => {
+  it('gives a token the same bits whatever tokens are beside it', async () => {
+    const dir = join(scratch, 'beside');
+    await writeRandomCheckpoint(dir, {});
+    const [uncut, staged] = await load(dir, 'int8');
+    const alone: Float32Array[] = [];
+    for (const tokenId of TOKENS) {
+      alone.push((await staged.runWave([{ sequence: staged.newSequence(), tokenIds: [tokenId] }], [0]))[0]!);
+    }
+    const wave = TOKENS.map((tokenId) => ({ sequence: staged.newSequence(), tokenIds: [tokenId] }));
+    const together = await staged.runWave(
+      wave,
+      TOKENS.map((_, row) => row),
+    );
+    await Promise.all([uncut.release(), staged.release()]);
+    expect(together).toEqual(alone);
+  });
+});
 
 describe('lamina-tiny', () => {
   let text: number[] = [];
@@ -91,9 +112,20 @@ const VARIANTS: Readonly<Record<string, Partial<RandomCheckpointOptions>>> = {
 };
 /** Bounds on the error of logits against float64, relative to the logits (root mean squares). Unrelated logits have 1.4. */
 const ORACLE_BOUNDS = { checkpoint: 1e-5, f16: 2e-3, int8: 0.03, int4: 0.4 } as const;
-const TOKENS = Array.from({ length: 20 }, (_, i) => (i * 37 + 11) % 256);
 
 describe.each(Object.entries(VARIANTS))('random checkpoint: %s', (name, options) => {
+  it('gives about them with int8 weights where activations have 7 bits', async () => {
+    const dir = join(scratch, `${name.replaceAll(/\W+/g, '-')}-7`);
+    await writeRandomCheckpoint(dir, { ...options, shards: 1 });
+    const built = await buildModel(dir, { cacheDir: join(scratch, 'cache'), weights: 'int8', activationBits: 7 });
+    const uncut = await UncutReference.load(built);
+    const rows = await uncut.logits(TOKENS);
+    await uncut.release();
+    const error = relativeError(rows, await plainLogits(dir, TOKENS));
+    expect(error).toBeGreaterThan(0.02);
+    expect(error).toBeLessThan(0.06);
+  });
+
   it.each(FORMATS)('gives about the logits of a float64 forward pass with weights %s', async (weights) => {
     const dir = join(scratch, name.replaceAll(/\W+/g, '-'));
     await writeRandomCheckpoint(dir, options);
