@@ -17,7 +17,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   'packages/cli': ['tensor', 'protocol', 'bus', 'runtime', 'model', 'testkit'],
   'packages/testkit': ['tensor', 'protocol', 'bus', 'runtime', 'model'],
   'services/gateway': ['tensor', 'protocol', 'bus', 'runtime', 'model'],
-  'services/dense-executor': ['tensor', 'protocol', 'bus', 'runtime', 'model'],
+  'services/dense-executor': ['tensor', 'protocol', 'bus', 'runtime', 'model', 'attention-kernel'],
   'services/attention-shard': ['tensor', 'protocol', 'bus', 'runtime', 'attention-kernel'],
   'services/kv-manager': ['tensor', 'protocol', 'bus', 'runtime'],
 };

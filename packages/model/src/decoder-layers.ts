@@ -9,7 +9,7 @@
  */
 import type { Architecture } from './architecture.ts';
 import type { GraphPiece } from './graph-piece.ts';
-import { addLinear, addLookup, addTableProduct } from './linear.ts';
+import { addLinear, addLookup, addSplitLinear, addTableProduct } from './linear.ts';
 import type { Activation, ModelConfig } from './model-config.ts';
 import { MICROSOFT_DOMAIN, node } from './onnx.ts';
 import type { Weight } from './weight.ts';
@@ -86,12 +86,14 @@ function addGamma({ piece, architecture }: LayerContext, { gamma }: NormWeights)
 export function addQkv(context: LayerContext, weights: LayerWeights, normalized: string, names: QkvNames): void {
   const { config } = context;
   const kvWidth = config.numKvHeads * config.headDim;
-  const joined = addLinear(context, 'qkv', normalized, weights.qkv, weights.qkvBias);
   const { queryNorm, keyNorm } = weights;
   const query = queryNorm === null ? names.query : `${names.query}.projected`;
   const key = keyNorm === null ? names.key : `${names.key}.projected`;
-  const widths = [config.numHeads * config.headDim, kvWidth, kvWidth];
-  addSplit(context, 'qkv', joined, widths, [query, key, names.value]);
+  addSplitLinear(context, 'qkv', normalized, weights.qkv, weights.qkvBias, [
+    { name: query, width: config.numHeads * config.headDim },
+    { name: key, width: kvWidth },
+    { name: names.value, width: kvWidth },
+  ]);
   if (queryNorm !== null) addHeadNorm(context, query, config.numHeads, queryNorm, names.query);
   if (keyNorm !== null) addHeadNorm(context, key, config.numKvHeads, keyNorm, names.key);
 }
@@ -135,6 +137,7 @@ export function addAfterAttention(
   const attended = addBranchEnd(context, 'output', attention, weights.output, weights.outputBias, {
     label: 'attention_output',
     norm: weights.attentionOutputNorm,
+    isForeign: true,
   });
   const residual = { hidden, delta: attended };
   const { sum, normalized } = addNormalization(context, 'mlp_input', residual, weights.mlpInputNorm);
@@ -142,6 +145,7 @@ export function addAfterAttention(
   const delta = addBranchEnd(context, 'down', activated, weights.down, weights.downBias, {
     label: 'mlp_output',
     norm: weights.mlpOutputNorm,
+    isForeign: false,
   });
   return { hidden: sum, delta };
 }
@@ -153,20 +157,25 @@ function addBranchEnd(
   input: string,
   weight: Weight,
   bias: Weight | null,
-  after: { readonly label: string; readonly norm: NormWeights | null },
+  after: { readonly label: string; readonly norm: NormWeights | null; readonly isForeign: boolean },
 ): { name: string; bias: Weight | null } {
-  if (after.norm === null) return { name: addLinear(context, label, input, weight, null), bias };
-  const product = addLinear(context, label, input, weight, bias);
+  if (after.norm === null) return { name: addLinear(context, label, input, weight, null, after.isForeign), bias };
+  const product = addLinear(context, label, input, weight, bias, after.isForeign);
   const output = `${context.prefix}.${after.label}`;
   return { name: addNorm(context, product, after.norm, output), bias: null };
 }
 
 function addMlpActivation(context: LayerContext, weights: LayerWeights, input: string): string {
   const { piece, config, architecture, prefix } = context;
-  const joined = addLinear(context, 'gate_up', input, weights.gateUp, weights.gateUpBias);
   const [gate, up, activated, gated] = [`${prefix}.gate`, `${prefix}.up`, `${prefix}.activated`, `${prefix}.gated`];
-  if (!architecture.isGated) return addActivation(piece, config.activation, joined, activated);
-  addSplit(context, 'gate_up', joined, [config.intermediateSize, config.intermediateSize], [gate, up]);
+  if (!architecture.isGated) {
+    const inner = addLinear(context, 'gate_up', input, weights.gateUp, weights.gateUpBias);
+    return addActivation(piece, config.activation, inner, activated);
+  }
+  addSplitLinear(context, 'gate_up', input, weights.gateUp, weights.gateUpBias, [
+    { name: gate, width: config.intermediateSize },
+    { name: up, width: config.intermediateSize },
+  ]);
   addActivation(piece, config.activation, gate, activated);
   piece.add(node('Mul', [activated, up], [gated]));
   return gated;
@@ -217,15 +226,4 @@ export function addHead(context: LayerContext, layout: WeightLayout, residual: R
   piece.add(node('Div', [`${prefix}.uncapped`, cap], [`${prefix}.scaled`]));
   piece.add(node('Tanh', [`${prefix}.scaled`], [`${prefix}.squashed`]));
   piece.add(node('Mul', [`${prefix}.squashed`, cap], [logits]));
-}
-
-function addSplit(
-  { piece, prefix }: LayerContext,
-  label: string,
-  input: string,
-  widths: readonly number[],
-  outputs: readonly string[],
-): void {
-  const sizes = piece.integers(`${prefix}.${label}.widths`, widths);
-  piece.add(node('Split', [input, sizes], outputs, { axis: -1 }));
 }

@@ -20,22 +20,60 @@ const ACCURACY_LEVEL = 4;
 /** In place of the largest magnitude of a row that is zero. */
 const LEAST_MAGNITUDE = 1e-30;
 
-/** `input` [.., K] times `weight` [K, N] (+ `bias` [N]). Returns the name of the result, `prefix.label`. */
+interface LinearContext {
+  readonly piece: GraphPiece;
+  readonly prefix: string;
+}
+
+/**
+ * `input` [.., K] times `weight` [K, N] (+ `bias` [N]). Returns the name of the result, `prefix.label`.
+ * @param isForeign Whether `input` was computed elsewhere: single values of a row may then be NaN, which here come by rows.
+ */
 export function addLinear(
-  { piece, prefix }: { readonly piece: GraphPiece; readonly prefix: string },
+  { piece, prefix }: LinearContext,
   label: string,
   input: string,
   weight: Weight,
   bias: Weight | null,
+  isForeign = false,
 ): string {
   const output = `${prefix}.${label}`;
   const product = bias === null ? output : `${output}.product`;
   const { storage } = weight;
   if (storage.kind === 'blocks') addBlockProduct(piece, storage, input, product);
-  else if (storage.kind === 'integers') addIntegerProduct(piece, storage, input, product);
-  else piece.add(node('MatMul', [input, denseMatrix(piece, weight)], [product]));
+  else if (storage.kind === 'integers') {
+    const rounded = addRounding(piece, storage, input, product, isForeign);
+    addIntegerProduct(piece, storage, rounded, { first: 0, count: storage.rows, output: product });
+  } else piece.add(node('MatMul', [input, denseMatrix(piece, weight)], [product]));
   if (bias !== null) piece.add(node('Add', [product, piece.weight(bias)], [output]));
   return output;
+}
+
+/** As addLinear, with the N columns of the result split into `outputs`. */
+export function addSplitLinear(
+  context: LinearContext,
+  label: string,
+  input: string,
+  weight: Weight,
+  bias: Weight | null,
+  outputs: readonly { readonly name: string; readonly width: number }[],
+): void {
+  const { piece, prefix } = context;
+  const { storage } = weight;
+  if (storage.kind === 'integers' && bias === null) {
+    // A product each: splitting what is computed would copy it.
+    const rounded = addRounding(piece, storage, input, `${prefix}.${label}`);
+    let first = 0;
+    for (const { name, width } of outputs) {
+      addIntegerProduct(piece, storage, rounded, { first, count: width, output: name });
+      first += width;
+    }
+    return;
+  }
+  const joined = addLinear(context, label, input, weight, bias);
+  const widths = outputs.map(({ width }) => width);
+  const names = outputs.map(({ name }) => name);
+  piece.add(node('Split', [joined, piece.integers(`${prefix}.${label}.widths`, widths)], names, { axis: -1 }));
 }
 
 /** Rows `indices` [..] of `table` [rows, width]: [.., width]. */
@@ -73,7 +111,8 @@ export function addTableProduct(piece: GraphPiece, table: Weight, input: string,
     return;
   }
   if (storage.kind === 'integers') {
-    addIntegerProduct(piece, storage, input, output);
+    const rounded = addRounding(piece, storage, input, output);
+    addIntegerProduct(piece, storage, rounded, { first: 0, count: storage.rows, output });
     return;
   }
   // The table lies as rows, so that a tied head is stored once; Gemm packs it transposed.
@@ -114,14 +153,29 @@ function addBlockProduct(piece: GraphPiece, storage: BlockStorage, input: string
   piece.add(node('MatMulNBits', inputs, [output], attributes, MICROSOFT_DOMAIN));
 }
 
+/** Activations as integers: value = (integers - zeroPoint) * step * largest. */
+interface RoundedActivations {
+  /** uint8, like the activations. */
+  readonly integers: string;
+  readonly zeroPoint: string;
+  readonly step: string;
+  /** [.., 1] the largest magnitude of each row. */
+  readonly largest: string;
+}
+
 /**
- * With m = max |x| of each row: y = m * w.scales / 127 * (round(127 x / m) . w.values), the sum in int32; of 7 bits with 63.
- * Activations are unsigned bytes about a zero point: the form that x86 has integer matrix instructions for. A row that is not finite gives NaN: ReduceMax passes NaN over, so `probe` = 0 . x has a say in m.
+ * Rounds each row to ActivationBits by its largest magnitude, to unsigned bytes about a zero point: the form that x86 has
+ * integer matrix instructions for. A row that is not finite becomes NaN: ReduceMax passes over single NaN, so `probe` =
+ * 0 . x has a say in `largest` where there can be some.
  */
-function addIntegerProduct(piece: GraphPiece, storage: IntegerStorage, input: string, output: string): void {
-  const { width, values, scales, activationBits } = storage;
-  const name = (label: string): string => `${output}.${label}`;
-  const columns = `${values.name}.columns`;
+function addRounding(
+  piece: GraphPiece,
+  { width, activationBits }: IntegerStorage,
+  input: string,
+  prefix: string,
+  isForeign = false,
+): RoundedActivations {
+  const name = (label: string): string => `${prefix}.${label}`;
   const middle = 2 ** (activationBits - 1);
   const step = piece.scalar('activation_step', 1 / (middle - 1));
   const zeroPoint = piece.byte('activation_zero_point', middle);
@@ -129,18 +183,47 @@ function addIntegerProduct(piece: GraphPiece, storage: IntegerStorage, input: st
   piece.add(
     node('Abs', [input], [name('magnitudes')]),
     node('ReduceMax', [name('magnitudes')], [name('finite_largest')], { axes: { ints: [-1] }, keepdims: 1 }),
-    node('MatMul', [input, piece.zeros(`zeros_${width}`, [width, 1])], [name('probe')]),
-    node('Max', [name('finite_largest'), name('probe'), least], [name('largest')]),
+  );
+  const largest = [name('finite_largest'), least];
+  if (isForeign) {
+    piece.add(node('MatMul', [input, piece.zeros(`zeros_${width}`, [width, 1])], [name('probe')]));
+    largest.push(name('probe'));
+  }
+  piece.add(
+    node('Max', largest, [name('largest')]),
     node('Div', [input, name('largest')], [name('fractions')]),
     node('QuantizeLinear', [name('fractions'), step, zeroPoint], [name('rounded')]),
-    node('Transpose', [piece.stored(values)], [columns], { perm: { ints: [1, 0] } }),
+  );
+  return { integers: name('rounded'), zeroPoint, step, largest: name('largest') };
+}
+
+/** Rows [first, first + count) of the stored matrix times rounded activations: the sum in int32, then the scales of both. */
+function addIntegerProduct(
+  piece: GraphPiece,
+  { rows, values, scales }: IntegerStorage,
+  { integers, zeroPoint, step, largest }: RoundedActivations,
+  { first, count, output }: { readonly first: number; readonly count: number; readonly output: string },
+): void {
+  const rowsOf = (stored: StoredTensor): string => {
+    const whole = piece.stored(stored);
+    if (count === rows) return whole;
+    const [begin, end] = [
+      piece.integers(`first_${first}`, [first]),
+      piece.integers(`end_${first + count}`, [first + count]),
+    ];
+    piece.add(node('Slice', [whole, begin, end, piece.integers('first_axis', [0])], [`${output}.${stored.name}`]));
+    return `${output}.${stored.name}`;
+  };
+  const [columns, unscaled] = [`${output}.columns`, `${output}.unscaled`];
+  piece.add(
+    node('Transpose', [rowsOf(values)], [columns], { perm: { ints: [1, 0] } }),
     node(
       'MatMulIntegerToFloat',
-      [name('rounded'), columns, step, piece.stored(scales), zeroPoint],
-      [name('unscaled')],
+      [integers, columns, step, rowsOf(scales), zeroPoint],
+      [unscaled],
       {},
       MICROSOFT_DOMAIN,
     ),
-    node('Mul', [name('unscaled'), name('largest')], [output]),
+    node('Mul', [unscaled, largest], [output]),
   );
 }

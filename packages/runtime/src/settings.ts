@@ -234,17 +234,18 @@ export const SETTINGS = {
   }),
   maxBatchedTokens: setting({
     env: 'LAMINA_MAX_BATCHED_TOKENS',
-    fallback: '512',
+    fallback: '1024',
     schema: integer(1, 65_536),
     usedBy: ['dense-executor'],
     meaning: 'Tokens of one step of one wave, decode and prefill together.',
   }),
   prefillChunkTokens: setting({
     env: 'LAMINA_PREFILL_CHUNK_TOKENS',
-    fallback: '256',
+    fallback: '128',
     schema: integer(1, 65_536),
     usedBy: ['dense-executor'],
-    meaning: 'Prompt tokens of one request in one step.',
+    meaning:
+      'Prompt tokens of one request in one step while others decode: more is faster for the prompt and slower for them.',
   }),
   speculation: setting({
     env: 'LAMINA_SPECULATION',

@@ -65,6 +65,7 @@ export class KvTables implements KvEvents {
   #adopt(layout: KvLayout): void {
     const { scheduler } = this.#options;
     scheduler.blockSizeTokens = layout.blockSizeTokens;
+    scheduler.kvDtype = layout.kvDtype;
     scheduler.windowTokens = maxWindowTokens(layout);
   }
 

@@ -95,7 +95,7 @@ async function runToTheEnd(each: Case): Promise<void> {
     kvDtype: 'f32',
   };
   const kv = new FakeKv(blockSizeTokens);
-  const scheduler = new Scheduler({ maxBatchedTokens: 64, prefillChunkTokens: chunk, speculation: 'off' }, 1);
+  const scheduler = new Scheduler({ maxBatchedTokens: chunk, prefillChunkTokens: chunk, speculation: 'off' }, 1);
   const metrics = new ExecutorMetrics(new Registry(), { running: () => 0, waves: () => 0 });
   const log = createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' });
   const requests = new RunningRequests();
@@ -140,7 +140,7 @@ async function runToTheEnd(each: Case): Promise<void> {
     }
   }
   const maxWindow = Math.max(...windowTokens);
-  const atMost = windowTokens.includes(0) ? end : Math.min(end, maxWindow + Math.min(chunk, 64) + 2 * blockSizeTokens);
+  const atMost = windowTokens.includes(0) ? end : Math.min(end, maxWindow + chunk + 2 * blockSizeTokens);
   expect(kv.maxTokens).toBe(atMost);
   expect(kv.mostHeld).toBeLessThanOrEqual(Math.ceil(atMost / blockSizeTokens));
   tables.release(subject);

@@ -4,7 +4,7 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { Scheduler } from '../src/scheduling/scheduler.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
-import { SAMPLING_FIELDS } from '../src/worker/messages.ts';
+import { SAMPLING_FIELDS, type SelfPart } from '../src/worker/messages.ts';
 import { BLOCK, request } from './requests.ts';
 
 function scheduler(
@@ -27,8 +27,37 @@ describe('Scheduler', () => {
     expect(subject.formStep(0).map(({ request: { id }, start, numTokens }) => [id, start, numTokens])).toEqual([
       [decoding.id, 19, 1],
       [long.id, 0, 32],
-      [other.id, 0, 31],
+      [other.id, 0, 16],
     ]);
+  });
+
+  it('gives a prompt the whole step while nobody decodes, in any wave', () => {
+    const subject = scheduler(2);
+    const long = request({ numPromptTokens: 100 });
+    subject.add(long);
+    const chunk = () => subject.formStep(long.waveIndex).map(({ start, numTokens }) => [start, numTokens]);
+    expect(chunk()).toEqual([[0, 64]]);
+    subject.add(request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' }));
+    expect(chunk()).toEqual([[0, 32]]);
+  });
+
+  it('ends a chunk at a block, so far as it can', () => {
+    const subject = scheduler(1, { maxBatchedTokens: 40, prefillChunkTokens: 40 });
+    const long = request({ numPromptTokens: 100 });
+    subject.add(long);
+    const chunks = [];
+    while (long.numComputed < 100) {
+      const [entry] = subject.formStep(0);
+      chunks.push(entry!.numTokens);
+      long.numComputed += entry!.numTokens;
+    }
+    expect(chunks).toEqual([32, 32, 36]);
+    const tight = scheduler(1, { maxBatchedTokens: 5, prefillChunkTokens: 5 });
+    const slow = request({ numPromptTokens: 100, numComputed: 14 });
+    tight.add(slow);
+    expect(tight.formStep(0)[0]!.numTokens).toBe(2);
+    slow.numComputed = 16;
+    expect(tight.formStep(0)[0]!.numTokens).toBe(5);
   });
 
   it('lets nobody starve when the budget is too small for all', () => {
@@ -83,6 +112,41 @@ describe('Scheduler', () => {
   });
 });
 
+/** The chunks that see themselves: all their rows, each key once, nothing of the others. */
+function checkSelf(
+  self: SelfPart | null,
+  entries: readonly { readonly start: number; readonly numTokens: number; readonly isSelf: boolean }[],
+): void {
+  let row = 0;
+  const rows: number[] = [];
+  const chunks: number[][] = [];
+  for (const { start, numTokens, isSelf } of entries) {
+    if (isSelf) chunks.push([start, numTokens]);
+    for (let i = 0; i < numTokens; i++, row++) if (isSelf) rows.push(row);
+  }
+  expect([...(self?.rows ?? [])]).toEqual(rows);
+  if (self === null) return;
+  const { segments, blocks, kvSlots, numQueryRows, numKvRows } = self.plan;
+  expect([numQueryRows, numKvRows, kvSlots.length]).toEqual([rows.length, rows.length, rows.length]);
+  expect(new Set(kvSlots).size).toBe(rows.length);
+  let numRows = 0;
+  for (const [i, [start, numTokens]] of chunks.entries()) {
+    const [rowStart, numQueries, firstPosition, blockStart, numBlocks] = segments.subarray(i * SEGMENT_FIELDS);
+    expect([rowStart, numQueries, firstPosition]).toEqual([numRows, numTokens, start]);
+    let position = start!;
+    for (let index = blockStart!; index < blockStart! + numBlocks!; index++) {
+      const [block, blockPosition, count] = blocks.subarray(index * BLOCK_FIELDS);
+      expect(blockPosition).toBe(position);
+      expect(block).toBeLessThan(self.numBlocks);
+      for (let offset = 0; offset < count!; offset++, position++)
+        expect(kvSlots[numRows + position - start!]).toBe(block! * BLOCK + offset);
+    }
+    expect(position).toBe(start! + numTokens!);
+    numRows += numTokens!;
+  }
+  expect(segments).toHaveLength(chunks.length * SEGMENT_FIELDS);
+}
+
 describe('buildStep', () => {
   it('gives each shard exactly its blocks, queries and new tokens', () => {
     fc.assert(
@@ -117,7 +181,7 @@ describe('buildStep', () => {
             const draft = Array.from({ length: isLast ? Math.min(spec.numDrafted, numRoom) : 0 }, (_, i) => 500 + i);
             return { request: made, start, numTokens: numKnown + draft.length, draft, kvGeneration: 0 };
           });
-          const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens }, 1, 42, 1);
+          const { step } = buildStep(entries, { blockSizeTokens: BLOCK, windowTokens, kvDtype: 'f16' }, 1, 42, 1);
           const seenBlocks = new Map<string, number>();
           const storedRows = new Set<number>();
           for (const part of step.shards) {
@@ -151,10 +215,18 @@ describe('buildStep', () => {
             });
           }
           expect(storedRows.size).toBe(step.tokenIds.length);
-          const numKeys = [...seenBlocks.values()].reduce((sum, count) => sum + count, 0);
           const oldestOf = (start: number) => Math.floor(Math.max(0, start - windowTokens + 1) / BLOCK) * BLOCK;
+          const isSelf = ({ start, numTokens }: (typeof entries)[number]) => start % BLOCK === 0 && numTokens >= 16;
+          const numKeys = [...seenBlocks.values()].reduce((sum, count) => sum + count, 0);
           expect(numKeys).toBe(
-            entries.reduce((sum, { start, numTokens }) => sum + start + numTokens - oldestOf(start), 0),
+            entries.reduce(
+              (sum, entry) => sum + entry.start + (isSelf(entry) ? 0 : entry.numTokens) - oldestOf(entry.start),
+              0,
+            ),
+          );
+          checkSelf(
+            step.self,
+            entries.map((entry) => ({ ...entry, isSelf: isSelf(entry) })),
           );
           const ended = entries.filter((entry) => entry.start + entry.numTokens >= entry.request.tokens.length);
           const sampled = ended.flatMap(({ request: { tokens }, draft }) =>

@@ -15,10 +15,10 @@ import { describe, expect, test } from 'vitest';
 import { KvLease } from '../src/kv-lease.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
 import type { ModelDims } from '../src/worker/messages.ts';
-import { TensorExchange } from '../src/worker/tensor-exchange.ts';
+import { type LocalPartial, TensorExchange } from '../src/worker/tensor-exchange.ts';
 import { BLOCK, request } from './requests.ts';
 
-const DIMS: ModelDims = { numLayers: 2, hiddenSize: 8, vocabSize: 9, numHeads: 2, numKvHeads: 1, headDim: 8 };
+const DIMS: ModelDims = { numLayers: 2, hiddenSize: 8, vocabSize: 9, numHeads: 2, numKvHeads: 1, headDim: 8, scale: 1 };
 const SINKS = [
   [0.5, -3],
   [40, 1e4],
@@ -65,7 +65,7 @@ class Step {
     const entry = { request: subject, start: 39, numTokens: 1, draft: [], kvGeneration: 0 };
     const { step } = buildStep(
       [entry],
-      { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY },
+      { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY, kvDtype: 'f32' },
       0,
       stepId,
       this.lease.term,
@@ -199,5 +199,95 @@ describe('a step that fails', () => {
     expect(step.answer(second!)).toBe(true);
     await answered;
     expect(step.answer(second!)).toBe(false);
+  });
+});
+
+/** A step of one chunk of 16 tokens that sees itself, after `start` tokens on the shards. */
+function chunk(
+  start: number,
+  shards: string[],
+): { exchange: TensorExchange; sent: FrameHeader[]; local: LocalPartial } {
+  const lease = new KvLease();
+  lease.renew(lease.mark(), 60_000, false);
+  const sent: FrameHeader[] = [];
+  const transport = {
+    maxPayloadBytes: 1 << 20,
+    publish: (_: string, data: Uint8Array) => {
+      const header = emptyFrameHeader();
+      readFrameHeader(data, header);
+      if (header.kind === FRAME_KIND.attend) sent.push(header);
+    },
+  };
+  const exchange = new TensorExchange(DIMS, transport, lease);
+  const subject = request({ numPromptTokens: 64, numComputed: start, shards });
+  const { step } = buildStep(
+    [{ request: subject, start, numTokens: 16, draft: [], kvGeneration: 0 }],
+    { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY, kvDtype: 'f32' },
+    0,
+    7,
+    lease.term,
+  );
+  const rows = step.self?.rows ?? new Int32Array(0);
+  expect([...rows]).toEqual(Array.from({ length: 16 }, (_, row) => row));
+  const local = { output: new Float32Array(16 * 16).fill(5), logSumExp: new Float32Array(16 * 2), rows };
+  const header = { ...emptyFrameHeader(), stepId: 7 };
+  exchange.begin(step, header, String, String, local);
+  return { exchange, sent, local };
+}
+
+const dispatchChunk = (exchange: TensorExchange, layer: number): Promise<void> =>
+  exchange.dispatch(layer, new Float32Array(16 * 16), new Float32Array(16 * 8), new Float32Array(16 * 8));
+
+/** A shard answers `numRows` rows of o = 1 and lse = 0. */
+function answerRows(exchange: TensorExchange, asked: FrameHeader, numRows: number): boolean {
+  const body = new Float32Array(numRows * (16 + 2)).fill(1, 0, numRows * 16);
+  const header = { ...asked, kind: FRAME_KIND.partial, bodyBytes: body.byteLength };
+  const frame = new Uint8Array(FRAME_HEADER_BYTES + body.byteLength);
+  writeFrameHeader(frame, header);
+  frame.set(new Uint8Array(body.buffer), FRAME_HEADER_BYTES);
+  return exchange.receive(frame, header);
+}
+
+describe('a chunk that sees itself', () => {
+  test('sends its first shard K and V only, waits for it before the next layer, and needs no merge', async () => {
+    const { exchange, sent, local } = chunk(0, ['a']);
+    await dispatchChunk(exchange, 0);
+    expect(exchange.gathered()).toBe(local.output);
+    expect(sent.map(({ bodyBytes }) => bodyBytes)).toEqual([2 * 16 * 8 * 4]);
+    expect(exchange.waitingShardIds).toEqual(['a']);
+    expect(exchange.dispatchedAtMs).toBeGreaterThan(0);
+    const stored = exchange.stored();
+    expect(answerRows(exchange, sent[0]!, 0)).toBe(true);
+    await stored;
+    expect(exchange.stored()).toBeUndefined();
+    expect(exchange.dispatchedAtMs).toBeNaN();
+    await dispatchChunk(exchange, 1);
+    expect(sent).toHaveLength(2);
+  });
+
+  test('is merged with what shards see before it', async () => {
+    const { exchange, sent } = chunk(16, ['a', 'b']);
+    const answered = dispatchChunk(exchange, 0);
+    // The first block is on a, the chunk's own on b.
+    expect(sent.map(({ bodyBytes }) => bodyBytes)).toEqual([16 * 16 * 4, 2 * 16 * 8 * 4]);
+    expect(answerRows(exchange, sent[0]!, 16)).toBe(true);
+    await answered;
+    // Both halves have the log-sum-exp 0.
+    expect([...new Set(exchange.gathered())]).toEqual([3]);
+    expect(exchange.waitingShardIds).toEqual(['b']);
+  });
+
+  test('fails when a shard that only stores fails, at once or at the next look', async () => {
+    const waiting = chunk(0, ['a']);
+    await dispatchChunk(waiting.exchange, 0);
+    const stored = waiting.exchange.stored();
+    waiting.exchange.receiveFailure(waiting.sent[0]!, new LaminaError('protocol_violation', 'no such slot'));
+    await expect(stored).rejects.toMatchObject({ code: 'protocol_violation', diagnostics: { shardIds: ['a'] } });
+
+    const computing = chunk(0, ['a']);
+    await dispatchChunk(computing.exchange, 0);
+    computing.exchange.shardIsGone(0);
+    expect(() => computing.exchange.gathered()).toThrow('a does not listen');
+    await expect(computing.exchange.stored()).rejects.toMatchObject({ code: 'unavailable' });
   });
 });

@@ -4,13 +4,16 @@
  * Invariants
  * 1. A request belongs to one wave at a time and changes it only between steps (the paper's section 4.3 with n = 2:
  *    waves share nothing, so moving one needs no migration of context).
- * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left.
+ * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left. A chunk
+ *    is as large as that while nobody decodes, in any wave, and else has at most prefillChunkTokens: decoding requests
+ *    wait for the dense stages of the whole chunk. It ends at a block, so that the next one sees itself (step-builder).
  * 3. A request left out for lack of budget goes first in the next step.
  * 4. No token is scheduled that has no room in its request's block table.
  * 5. Drafts only fill a step of decode tokens up to MAX_SPECULATED_ROWS: there a pass costs little more than for one row,
  *    and most of the time of a step is the way to the shards and back. A full batch has none.
  */
 import type { ModelDescription } from '@lamina/model';
+import type { KvDtype } from '@lamina/tensor';
 import type { GenerationRequest } from '../request/request.ts';
 import { PromptLookup } from './prompt-lookup.ts';
 
@@ -41,6 +44,7 @@ export class Scheduler {
   readonly #limits: SchedulerLimits;
   readonly #waves: GenerationRequest[][];
   blockSizeTokens = 1;
+  kvDtype: KvDtype = 'f32';
   /** Tokens back to which some layer sees, the query's own included; Infinity when some layer sees all. */
   windowTokens = Number.POSITIVE_INFINITY;
   shortSequences: ModelDescription['shortSequences'] = null;
@@ -56,12 +60,19 @@ export class Scheduler {
 
   /** Most tokens of one request in one step. */
   get maxStepTokens(): number {
-    return Math.min(this.#limits.prefillChunkTokens, this.#limits.maxBatchedTokens);
+    return this.#limits.maxBatchedTokens;
   }
 
   /** Requests of one wave. */
   requestsOf(waveIndex: number): readonly GenerationRequest[] {
     return this.#waves[waveIndex]!;
+  }
+
+  /** Most prompt tokens of one request in a step that is formed now. */
+  get #chunkTokens(): number {
+    const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
+    const isDecoding = this.#waves.some((wave) => wave.some(({ phase }) => phase === 'decode'));
+    return isDecoding ? Math.min(prefillChunkTokens, maxBatchedTokens) : maxBatchedTokens;
   }
 
   /** Puts a request into the wave with the fewest. */
@@ -110,9 +121,10 @@ export class Scheduler {
       if (budget > 0 && request.phase === 'decode')
         budget -= this.#take(request, 1, entries, Math.min(numDraftTokens, budget - 1));
     }
+    const chunkTokens = this.#chunkTokens;
     for (const request of ordered) {
       if (budget > 0 && request.phase === 'prefill')
-        budget -= this.#take(request, Math.min(budget, this.#limits.prefillChunkTokens), entries);
+        budget -= this.#take(request, this.#toBlockEnd(request, Math.min(budget, chunkTokens)), entries);
     }
     if (entries.length < wave.length) {
       const scheduled = new Set(entries.map((entry) => entry.request));
@@ -140,6 +152,13 @@ export class Scheduler {
     if (numDraftTokens <= 0) return [];
     request.lookup ??= new PromptLookup(tokens);
     return request.lookup.draft(numDraftTokens);
+  }
+
+  /** At most `limit` tokens of a prompt that goes on, so many that the next chunk begins at a block; `limit` if that is none. */
+  #toBlockEnd({ numComputed, tokens }: GenerationRequest, limit: number): number {
+    if (tokens.length - numComputed <= limit) return limit;
+    const numPastBlock = (numComputed + limit) % this.blockSizeTokens;
+    return numPastBlock < limit ? limit - numPastBlock : limit;
   }
 
   /** Returns how many tokens it scheduled. */

@@ -6,9 +6,11 @@
  * 2. Every block that holds a token which some layer shows to a query of its request's entry is in exactly one plan, and
  *    no other block is in any.
  * 3. Shards come in order of their first block, so the same tables give the same order.
+ * 4. The queries of a prefill chunk that begins at a block see the chunk's own tokens here (SelfPart), and on shards only
+ *    what lies before it: a token is seen in one place.
  */
 import { BLOCK_FIELDS, encodeStepPlan } from '@lamina/protocol';
-import type { ShardPart, StepRequest } from '../worker/messages.ts';
+import type { SelfPart, ShardPart, StepRequest } from '../worker/messages.ts';
 import type { Scheduler, StepEntry } from './scheduler.ts';
 
 class PlanBuilder {
@@ -62,13 +64,63 @@ class PlanBuilder {
   }
 }
 
+/** The chunks of a step that see themselves, over scratch blocks that are numbered from 0. */
+class SelfBuilder {
+  readonly #segments: number[] = [];
+  readonly #blocks: number[] = [];
+  readonly #kvSlots: number[] = [];
+  readonly #rows: number[] = [];
+
+  /** Tokens [start, start + numTokens) of a request, rows [row, row + numTokens) of the wave. */
+  addChunk(row: number, start: number, numTokens: number, blockSizeTokens: number): void {
+    const firstBlock = this.#blocks.length / BLOCK_FIELDS;
+    const numBlocks = Math.ceil(numTokens / blockSizeTokens);
+    this.#segments.push(this.#rows.length, numTokens, start, firstBlock, numBlocks);
+    for (let i = 0; i < numBlocks; i++) {
+      const numBefore = i * blockSizeTokens;
+      this.#blocks.push(firstBlock + i, start + numBefore, Math.min(blockSizeTokens, numTokens - numBefore));
+    }
+    for (let i = 0; i < numTokens; i++) {
+      this.#rows.push(row + i);
+      this.#kvSlots.push(firstBlock * blockSizeTokens + i);
+    }
+  }
+
+  build({ blockSizeTokens, kvDtype }: Pick<Scheduler, 'blockSizeTokens' | 'kvDtype'>): SelfPart | null {
+    const numRows = this.#rows.length;
+    if (numRows === 0) return null;
+    return {
+      plan: {
+        numQueryRows: numRows,
+        numKvRows: numRows,
+        segments: Int32Array.from(this.#segments),
+        blocks: Int32Array.from(this.#blocks),
+        kvSlots: Int32Array.from(this.#kvSlots),
+      },
+      rows: Int32Array.from(this.#rows),
+      numBlocks: this.#blocks.length / BLOCK_FIELDS,
+      blockSizeTokens,
+      kvDtype,
+    };
+  }
+}
+
+/** Fewer rows are not worth two places to attend to. */
+const MIN_SELF_TOKENS = 16;
+
+/** Whether the executor computes the attention of an entry to itself. */
+function seesItself({ request, start, numTokens }: StepEntry, blockSizeTokens: number): boolean {
+  return request.phase === 'prefill' && numTokens >= MIN_SELF_TOKENS && start % blockSizeTokens === 0;
+}
+
 /** What a step depends on besides its entries. */
-type StepShape = Pick<Scheduler, 'blockSizeTokens' | 'windowTokens'> & Partial<Pick<Scheduler, 'shortSequences'>>;
+type StepShape = Pick<Scheduler, 'blockSizeTokens' | 'windowTokens' | 'kvDtype'> &
+  Partial<Pick<Scheduler, 'shortSequences'>>;
 
 /** @returns The step and the buffers in it that can be transferred to the worker. */
 export function buildStep(
   entries: readonly StepEntry[],
-  { blockSizeTokens, windowTokens, shortSequences = null }: StepShape,
+  { blockSizeTokens, windowTokens, kvDtype, shortSequences = null }: StepShape,
   waveIndex: number,
   stepId: number,
   leaseTerm: number,
@@ -80,9 +132,13 @@ export function buildStep(
   const sampledRows: number[] = [];
   const sampling: number[] = [];
   const builders = new Map<string, PlanBuilder>();
+  const self = new SelfBuilder();
   let row = 0;
-  entries.forEach(({ request, start, numTokens: count, draft }, entryIndex) => {
+  entries.forEach((entry, entryIndex) => {
+    const { request, start, numTokens: count, draft } = entry;
     const end = start + count;
+    const isSelf = seesItself(entry, blockSizeTokens);
+    if (isSelf) self.addChunk(row, start, count, blockSizeTokens);
     const numKnownTokens = request.tokens.length;
     const isShort = shortSequences !== null && request.tokens.length <= shortSequences.numTokens;
     const offset = isShort ? shortSequences.offset : 0;
@@ -100,7 +156,8 @@ export function buildStep(
       }
       const firstPosition = index * blockSizeTokens;
       const lastPosition = Math.min(firstPosition + blockSizeTokens, end);
-      builder.addBlock(entryIndex, row, count, start, block, firstPosition, lastPosition - firstPosition);
+      if (!isSelf || firstPosition < start)
+        builder.addBlock(entryIndex, row, count, start, block, firstPosition, lastPosition - firstPosition);
       for (let position = Math.max(start, firstPosition); position < lastPosition; position++) {
         builder.kvSlots.push(block * blockSizeTokens + position - firstPosition);
         builder.kvRows.push(row + position - start);
@@ -126,6 +183,7 @@ export function buildStep(
     sampledRows: Int32Array.from(sampledRows),
     sampling: Float64Array.from(sampling),
     shards: [...builders.values()].map((builder) => builder.build()),
+    self: self.build({ blockSizeTokens, kvDtype }),
   };
   const transfer = [tokenIds.buffer, positionIds.buffer, step.sampledRows.buffer, step.sampling.buffer];
   for (const shard of step.shards) transfer.push(shard.plan.buffer, shard.queryRows.buffer, shard.kvRows.buffer);

@@ -51,6 +51,7 @@ const waves = Array.from(
     new Wave({
       dims: options.dims,
       session,
+      attentionThreads: options.intraOpThreads,
       transport: bus,
       layerCycle,
       originId: options.originId,
@@ -145,6 +146,7 @@ async function runStep(step: StepRequest): Promise<void> {
 async function stop(): Promise<void> {
   clearInterval(watch);
   await bus.close();
+  await Promise.all(waves.map((wave) => wave.close()));
   await session.release();
   port?.close();
 }

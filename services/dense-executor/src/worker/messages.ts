@@ -6,7 +6,8 @@
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
 import type { NatsAccess } from '@lamina/bus';
-import type { ErrorCode } from '@lamina/tensor';
+import type { StepPlan } from '@lamina/protocol';
+import type { AttentionSpec, ErrorCode, KvDtype } from '@lamina/tensor';
 
 export interface WorkerOptions {
   readonly workerId: string;
@@ -28,15 +29,9 @@ export interface WorkerOptions {
   readonly dims: ModelDims;
 }
 
-export interface ModelDims {
-  readonly numLayers: number;
+export interface ModelDims extends AttentionSpec {
   readonly hiddenSize: number;
   readonly vocabSize: number;
-  readonly numHeads: number;
-  readonly numKvHeads: number;
-  readonly headDim: number;
-  /** [numLayers][numHeads] as in AttentionSpec. */
-  readonly sinkLogits?: readonly (readonly number[])[] | undefined;
 }
 
 /** One shard's part of a step. */
@@ -48,6 +43,17 @@ export interface ShardPart {
   readonly queryRows: Int32Array<ArrayBuffer>;
   /** Rows of the wave whose K and V this shard stores, in its order. */
   readonly kvRows: Int32Array<ArrayBuffer>;
+}
+
+/** Prefill chunks of a step whose attention to themselves the executor computes (self-attention.ts). */
+export interface SelfPart {
+  /** Over scratch blocks 0 .. numBlocks - 1; query rows and KV rows are both `rows`. */
+  readonly plan: StepPlan;
+  /** Rows of the wave. */
+  readonly rows: Int32Array<ArrayBuffer>;
+  readonly numBlocks: number;
+  readonly blockSizeTokens: number;
+  readonly kvDtype: KvDtype;
 }
 
 /**
@@ -73,6 +79,7 @@ export interface StepRequest {
   /** [sampledRows.length, SAMPLING_FIELDS] */
   readonly sampling: Float64Array<ArrayBuffer>;
   readonly shards: readonly ShardPart[];
+  readonly self: SelfPart | null;
 }
 
 export interface ShardLost {

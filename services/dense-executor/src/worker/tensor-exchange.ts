@@ -10,6 +10,8 @@
  * 4. Nothing is dispatched unless the executor has held its lease since the step was formed: else the blocks may be other
  *    requests' by now.
  * 5. A frame of another step, layer or origin, or a repeated one, changes nothing.
+ * 6. A shard that gets K and V but no query is not waited for in its layer, but before the next one is sent to it
+ *    (`stored`), and before the step ends.
  */
 import {
   attendBytes,
@@ -24,38 +26,28 @@ import {
 import { AttentionGather, applySinks, LaminaError } from '@lamina/tensor';
 import type { KvLease } from '../kv-lease.ts';
 import type { ModelDims, ShardPart, StepRequest } from './messages.ts';
+import { packRows, toRuns } from './row-runs.ts';
+
+/** Attention of some rows that was computed here. */
+export interface LocalPartial {
+  /** [rows.length, numHeads, headDim] float32, normalized over the keys that were seen. */
+  readonly output: Float32Array;
+  /** [rows.length, numHeads] float32 */
+  readonly logSumExp: Float32Array;
+  /** Rows of the wave. */
+  readonly rows: Int32Array;
+}
 
 export interface TensorTransport {
   publish(subject: string, data: Uint8Array, reply?: string): void;
   readonly maxPayloadBytes: number;
 }
 
-/** Consecutive rows of the wave that go to consecutive rows of a message: start, length pairs. */
-function toRuns(rows: Int32Array): Int32Array {
-  const runs: number[] = [];
-  for (let i = 0; i < rows.length; i++) {
-    if (i > 0 && rows[i] === rows[i - 1]! + 1) runs[runs.length - 1]!++;
-    else runs.push(rows[i]!, 1);
-  }
-  return Int32Array.from(runs);
-}
-
-/** Copies rows of `source` [numTokens, width] to `target` from element `at` on. Returns the element after the last one. */
-function packRows(target: Float32Array, at: number, source: Float32Array, runs: Int32Array, width: number): number {
-  let next = at;
-  for (let i = 0; i < runs.length; i += 2) {
-    const start = runs[i]! * width;
-    const length = runs[i + 1]! * width;
-    target.set(start === 0 && length === source.length ? source : source.subarray(start, start + length), next);
-    next += length;
-  }
-  return next;
-}
-
 class ShardLink {
   readonly shardId: string;
   readonly subject: string;
-  readonly queryRows: Int32Array;
+  /** Rows of the wave whose queries it has, ascending. */
+  readonly rows: Int32Array;
   readonly queryRuns: Int32Array;
   readonly kvRuns: Int32Array;
   /** Header, then q, k, v. */
@@ -74,7 +66,7 @@ class ShardLink {
     const numKvRows = part.kvRows.length;
     this.shardId = part.shardId;
     this.subject = subject;
-    this.queryRows = part.queryRows;
+    this.rows = part.queryRows;
     this.queryRuns = toRuns(part.queryRows);
     this.kvRuns = toRuns(part.kvRows);
     const bodyBytes = attendBytes({ numQueryRows, numKvRows }, dims.numHeads, dims.numKvHeads, dims.headDim);
@@ -94,14 +86,19 @@ export class TensorExchange {
   readonly #lease: Pick<KvLease, 'allows'>;
   readonly #gather: AttentionGather;
   #links: ShardLink[] = [];
+  #local: LocalPartial | undefined;
+  #only: LocalPartial | undefined;
   #merged = new Float32Array(0);
   #numTokens = 0;
   #stepId = -1;
   #leaseTerm = -1;
   #layer = -1;
+  /** Shards that have not answered the dispatched layer: those with queries, and all. */
   #numWaiting = 0;
+  #numUnanswered = 0;
   #resolve: (() => void) | undefined;
   #reject: ((error: LaminaError) => void) | undefined;
+  #onStored: { readonly resolve: () => void; readonly reject: (error: LaminaError) => void } | undefined;
   /** A failure that came while nothing was waited for: the next dispatch reports it. */
   #failure: LaminaError | undefined;
   /** performance.now() of the last dispatch; NaN while nothing is waited for. */
@@ -114,13 +111,19 @@ export class TensorExchange {
     this.#gather = new AttentionGather(dims.numHeads, dims.headDim);
   }
 
-  /** Sends the plans of a step. `header` carries originId, waveIndex and stepId. */
+  /**
+   * Sends the plans of a step. `header` carries originId, waveIndex and stepId.
+   * @param local Where the part of the attention will be that is computed here, if the step has one.
+   */
   begin(
     step: StepRequest,
     header: FrameHeader,
     subjectOf: (shardId: string) => string,
     replySubjectOf: (shardIndex: number) => string,
+    local?: LocalPartial,
   ): void {
+    this.#local = local;
+    this.#numUnanswered = 0;
     this.#numTokens = step.tokenIds.length;
     this.#stepId = step.stepId;
     this.#leaseTerm = step.leaseTerm;
@@ -143,19 +146,20 @@ export class TensorExchange {
       return link;
     });
     const width = this.#dims.numHeads * this.#dims.headDim;
-    if (!this.#isIdentity() && this.#merged.length < this.#numTokens * width)
+    this.#only = this.#onlyPartial();
+    if (this.#only === undefined && this.#merged.length < this.#numTokens * width)
       this.#merged = new Float32Array(this.#numTokens * width);
   }
 
-  /** True if one shard has all rows in order: its answer is the attention, without a merge. */
-  #isIdentity(): boolean {
-    const only = this.#links[0];
-    return (
-      this.#links.length === 1 &&
-      only !== undefined &&
-      only.queryRows.length === this.#numTokens &&
-      only.queryRuns.length === 2
-    );
+  /** The one partial that has all rows, if nothing else has any: it is the attention, without a merge. */
+  #onlyPartial(): LocalPartial | undefined {
+    let only = this.#local;
+    for (const link of this.#links) {
+      if (link.rows.length === 0) continue;
+      if (only !== undefined) return undefined;
+      only = link;
+    }
+    return only?.rows.length === this.#numTokens ? only : undefined;
   }
 
   /**
@@ -167,8 +171,10 @@ export class TensorExchange {
     if (!this.#lease.allows(this.#leaseTerm)) return Promise.reject(leaseEnded());
     const { numHeads, numKvHeads, headDim } = this.#dims;
     this.#layer = layer;
-    this.#numWaiting = this.#links.length;
+    this.#numUnanswered = this.#links.length;
+    this.#numWaiting = 0;
     for (const link of this.#links) {
+      if (link.rows.length > 0) this.#numWaiting++;
       let at = packRows(link.payload, 0, query, link.queryRuns, numHeads * headDim);
       at = packRows(link.payload, at, key, link.kvRuns, numKvHeads * headDim);
       packRows(link.payload, at, value, link.kvRuns, numKvHeads * headDim);
@@ -181,7 +187,8 @@ export class TensorExchange {
         for (const frame of splitFrame(link.message, link.header, this.#transport.maxPayloadBytes))
           this.#transport.publish(link.subject, frame);
     }
-    this.dispatchedAtMs = performance.now();
+    if (this.#numUnanswered > 0) this.dispatchedAtMs = performance.now();
+    if (this.#numWaiting === 0) return Promise.resolve();
     return new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
@@ -190,7 +197,7 @@ export class TensorExchange {
 
   /** Takes a partial of this wave. Returns false if it belongs to nothing that is waited for. */
   receive(frame: Uint8Array, header: FrameHeader): boolean {
-    if (header.stepId !== this.#stepId || header.layer !== this.#layer || this.#resolve === undefined) return false;
+    if (header.stepId !== this.#stepId || header.layer !== this.#layer) return false;
     const link = this.#links[header.shardIndex];
     if (link === undefined || link.hasAnswered) return false;
     if (header.bodyBytes !== link.partial.length) {
@@ -207,8 +214,22 @@ export class TensorExchange {
     if (body === undefined) return true;
     link.partial.set(body);
     link.hasAnswered = true;
-    if (--this.#numWaiting === 0) this.#settle()?.();
+    if (--this.#numUnanswered === 0) {
+      this.dispatchedAtMs = Number.NaN;
+      this.#onStored?.resolve();
+      this.#onStored = undefined;
+    }
+    if (link.rows.length > 0 && --this.#numWaiting === 0) this.#settle()?.();
     return true;
+  }
+
+  /** Undefined when every shard has answered the dispatched layer, else a promise of that, which rejects when the step fails. */
+  stored(): Promise<void> | undefined {
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    if (this.#numUnanswered === 0) return undefined;
+    return new Promise((resolve, reject) => {
+      this.#onStored = { resolve, reject };
+    });
   }
 
   /** Nobody listens to what was sent to a shard: it died, or it is about to connect again. */
@@ -232,14 +253,16 @@ export class TensorExchange {
   gathered(): Float32Array {
     if (this.#failure !== undefined) throw this.#failure;
     const sinkLogits = this.#dims.sinkLogits?.[this.#layer];
-    if (this.#isIdentity()) {
-      const { output, logSumExp } = this.#links[0]!;
-      if (sinkLogits !== undefined) applySinks(output, logSumExp, sinkLogits);
-      return output;
+    const only = this.#only;
+    if (only !== undefined) {
+      if (sinkLogits !== undefined) applySinks(only.output, only.logSumExp, sinkLogits);
+      return only.output;
     }
     const merged = this.#merged.subarray(0, this.#numTokens * this.#dims.numHeads * this.#dims.headDim);
     this.#gather.begin(merged, this.#numTokens);
-    for (const link of this.#links) this.#gather.add(link.output, link.logSumExp, link.queryRows);
+    for (const link of this.#links) this.#gather.add(link.output, link.logSumExp, link.rows);
+    const local = this.#local;
+    if (local !== undefined) this.#gather.add(local.output, local.logSumExp, local.rows);
     const uncovered = this.#gather.finish(sinkLogits);
     if (uncovered >= 0) throw new LaminaError('protocol_violation', `no shard attended query row ${uncovered}`);
     return merged;
@@ -247,9 +270,7 @@ export class TensorExchange {
 
   /** Shards of the step in flight that have not answered the dispatched layer. */
   get waitingShardIds(): string[] {
-    return this.#resolve === undefined
-      ? []
-      : this.#links.filter((link) => !link.hasAnswered).map((link) => link.shardId);
+    return this.#numUnanswered === 0 ? [] : this.#links.filter((link) => !link.hasAnswered).map((link) => link.shardId);
   }
 
   usesShard(shardId: string): boolean {
@@ -258,10 +279,13 @@ export class TensorExchange {
 
   /** Fails the step in flight; its buffers are dropped. `shardIds` are to blame. */
   fail(error: LaminaError, shardIds: readonly string[]): void {
-    const reject = this.#reject;
+    const reject = this.#reject ?? this.#onStored?.reject;
     this.#settle();
+    this.#onStored = undefined;
+    this.#numUnanswered = 0;
     this.#links = [];
     this.#stepId = -1;
+    this.dispatchedAtMs = Number.NaN;
     const failure = new LaminaError(error.code, error.message, { cause: error, diagnostics: { shardIds } });
     if (reject === undefined) this.#failure = failure;
     else reject(failure);
@@ -271,7 +295,6 @@ export class TensorExchange {
     const resolve = this.#resolve;
     this.#resolve = undefined;
     this.#reject = undefined;
-    this.dispatchedAtMs = Number.NaN;
     return resolve;
   }
 }

@@ -20,12 +20,14 @@ import {
   type StepFailed,
   type StepRequest,
 } from './messages.ts';
+import { SelfAttention } from './self-attention.ts';
 import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
 
 export class Wave {
   readonly exchange: TensorExchange;
   readonly #dims: ModelDims;
   readonly #session: DenseSession;
+  readonly #self: SelfAttention;
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
   readonly #originId: number;
@@ -35,6 +37,8 @@ export class Wave {
   constructor(options: {
     dims: ModelDims;
     session: DenseSession;
+    /** Of the attention of chunks to themselves. */
+    attentionThreads: number;
     transport: TensorTransport;
     layerCycle: Uint8Array;
     originId: number;
@@ -44,12 +48,17 @@ export class Wave {
   }) {
     this.#dims = options.dims;
     this.#session = options.session;
+    this.#self = new SelfAttention(options.dims, options.attentionThreads);
     this.#sampler = new Sampler(options.dims.vocabSize);
     this.#cursor = new LayerCursor(options.layerCycle);
     this.#originId = options.originId;
     this.#isBodyChecked = options.isBodyChecked;
     this.#replySubjectOf = options.replySubjectOf;
     this.exchange = new TensorExchange(options.dims, options.transport, options.lease);
+  }
+
+  close(): Promise<void> {
+    return this.#self.close();
   }
 
   /** Never rejects: a failed step is a result. */
@@ -92,8 +101,14 @@ export class Wave {
       originId: this.#originId,
       isBodyChecked: this.#isBodyChecked,
     };
-    exchange.begin(step, header, SUBJECTS.shardTensors, (shardIndex) =>
-      this.#replySubjectOf(step.waveIndex, shardIndex),
+    if (step.self !== null) await this.#self.begin(step.self);
+    const self = step.self === null ? undefined : this.#self;
+    exchange.begin(
+      step,
+      header,
+      SUBJECTS.shardTensors,
+      (shardIndex) => this.#replySubjectOf(step.waveIndex, shardIndex),
+      self,
     );
     const tokenIds = new Tensor('int64', step.tokenIds, [1, numTokens]);
     const positionIds = new Tensor('int64', step.positionIds, [1, numTokens]);
@@ -110,10 +125,13 @@ export class Wave {
           : await this.#session.layer(layer, positionIds, outputs.hidden, attention);
       cursor.advance(LAYER_EVENT.QKV_READY);
       const denseDoneMs = performance.now();
+      const stored = exchange.stored();
+      if (stored !== undefined) await stored;
       const answered = exchange.dispatch(layer, outputs.query, outputs.key, outputs.value);
       cursor.advance(LAYER_EVENT.DISPATCHED);
       const dispatchedMs = performance.now();
-      await answered;
+      if (self === undefined) await answered;
+      else await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]);
       const answeredMs = performance.now();
       attention = new Tensor('float32', exchange.gathered(), attentionShape);
       cursor.advance(LAYER_EVENT.GATHERED);
@@ -138,6 +156,7 @@ export class Wave {
       sampledMs = performance.now();
       markMs = logitsMs;
     }
+    await exchange.stored();
     const totalMs = performance.now() - startedMs;
     return {
       kind: 'stepDone',

@@ -1,0 +1,114 @@
+/**
+ * Owns the attention of prefill chunks to themselves, computed beside the dense stages. Of a chunk only K and V travel, and
+ * q only where shards hold KV from before it: the partial from here is merged with theirs like another shard's.
+ * (Prefill is bound by compute and belongs to the executor, decode by memory bandwidth and belongs to the shards: section
+ * 2 of the Lamina paper.)
+ *
+ * Invariants
+ * 1. Nothing is kept: the memory is scratch of one layer of one step.
+ * 2. A chunk begins at a block of its request, and K and V are stored as the shards store them: where a chunk is cut
+ *    changes no number by more than the merge does.
+ * 3. A job of a step that failed ends before its buffers are used again.
+ */
+import { type AttentionKernel, createKernel, type KernelStep } from '@lamina/attention-kernel';
+import { type AttentionSpec, asLaminaError } from '@lamina/tensor';
+import type { SelfPart } from './messages.ts';
+import { packRows, toRuns } from './row-runs.ts';
+
+/** Layers that see equally far share scratch memory: the window is all that differs between layers. */
+function scratchLayers(spec: AttentionSpec): { windows: number[]; scratchOf: number[] } {
+  const windowOf = Array.from({ length: spec.numLayers }, (_, layer) => spec.windowTokens?.[layer] ?? 0);
+  const windows = [...new Set(windowOf)];
+  return { windows, scratchOf: windowOf.map((window) => windows.indexOf(window)) };
+}
+
+export class SelfAttention {
+  /** o [rows.length, numHeads, headDim], then lse [rows.length, numHeads]. */
+  output = new Float32Array(0);
+  logSumExp = new Float32Array(0);
+  /** Rows of the wave. */
+  rows = new Int32Array(0);
+  readonly #spec: AttentionSpec;
+  readonly #numThreads: number;
+  readonly #windows: readonly number[];
+  readonly #scratchOf: readonly number[];
+  #kernel: AttentionKernel | undefined;
+  #step: KernelStep | undefined;
+  #runs = new Int32Array(0);
+  #qkv = new Uint8Array(0);
+  #packed = new Float32Array(0);
+  #partial = new Uint8Array(0);
+  #job: Promise<void> = Promise.resolve();
+
+  constructor(spec: AttentionSpec, numThreads: number) {
+    this.#spec = spec;
+    this.#numThreads = numThreads;
+    const { windows, scratchOf } = scratchLayers(spec);
+    this.#windows = windows;
+    this.#scratchOf = scratchOf;
+  }
+
+  /** @throws LaminaError `config_invalid` when there is no memory for the chunk. */
+  async begin(part: SelfPart): Promise<void> {
+    await this.#job.catch(() => undefined);
+    const kernel = await this.#kernelFor(part);
+    if (this.#step !== undefined) kernel.endStep(this.#step);
+    this.#step = kernel.beginStep(part.plan);
+    const { numHeads, numKvHeads, headDim } = this.#spec;
+    const numRows = part.rows.length;
+    this.rows = part.rows;
+    this.#runs = toRuns(part.rows);
+    const numFloats = numRows * (numHeads + 2 * numKvHeads) * headDim;
+    const numOutputs = numRows * numHeads * headDim;
+    const numResults = numOutputs + numRows * numHeads;
+    if (this.#packed.length !== numFloats) {
+      this.#packed = new Float32Array(numFloats);
+      this.#qkv = new Uint8Array(this.#packed.buffer);
+      const results = new Float32Array(numResults);
+      this.#partial = new Uint8Array(results.buffer);
+      this.output = results.subarray(0, numOutputs);
+      this.logSumExp = results.subarray(numOutputs);
+    }
+  }
+
+  /** @param query [numTokens, numHeads * headDim] float32 of the wave; `key` and `value` [numTokens, numKvHeads * headDim]. */
+  attend(layer: number, query: Float32Array, key: Float32Array, value: Float32Array): Promise<void> {
+    const { numHeads, numKvHeads, headDim } = this.#spec;
+    let at = packRows(this.#packed, 0, query, this.#runs, numHeads * headDim);
+    at = packRows(this.#packed, at, key, this.#runs, numKvHeads * headDim);
+    packRows(this.#packed, at, value, this.#runs, numKvHeads * headDim);
+    this.#job = new Promise((resolve, reject) => {
+      const done = (cause: Error | null): void => (cause === null ? resolve() : reject(asLaminaError(cause)));
+      this.#kernel?.attend(this.#step!, this.#scratchOf[layer]!, this.#qkv, this.#partial, done);
+    });
+    return this.#job;
+  }
+
+  async close(): Promise<void> {
+    await this.#kernel?.close();
+  }
+
+  async #kernelFor({ numBlocks, blockSizeTokens, kvDtype }: SelfPart): Promise<AttentionKernel> {
+    const known = this.#kernel;
+    if (
+      known !== undefined &&
+      known.numBlocks >= numBlocks &&
+      known.layout.blockSizeTokens === blockSizeTokens &&
+      known.layout.kvDtype === kvDtype
+    )
+      return known;
+    this.#step = undefined;
+    await known?.close();
+    const layout = {
+      ...this.#spec,
+      numLayers: this.#windows.length,
+      windowTokens: this.#windows,
+      sinkLogits: undefined,
+      blockSizeTokens,
+      kvDtype,
+    };
+    const { kernel } = createKernel({ layout, numBlocks, numThreads: this.#numThreads, kind: 'auto' });
+    this.#kernel = kernel;
+    return kernel;
+  }
+}
