@@ -6,6 +6,7 @@
  * 1. Operators are found by what they are, never by a name; an attribute or input that changes the arithmetic and that
  *    is not implemented is refused, never ignored.
  */
+import { reasonOf } from '../model-error.ts';
 import { type BiasAt, biasOf, type MaskFacts, readMask } from './attention-mask.ts';
 import { type AttentionSite, type Laid, SiteBuilder, type SiteFacts } from './attention-site.ts';
 import {
@@ -51,7 +52,8 @@ export function replaceOperators(context: SearchContext): AttentionSite[] {
 
 const has = (node: GraphNode, i: number): boolean => (node.inputs[i] ?? '') !== '';
 
-function laid({ run }: SearchContext, name: string): Laid {
+/** A value and how it lies in the short run. */
+export function laid({ run }: SearchContext, name: string): Laid {
   const { dataType, dims } = run.evaluation.value(name);
   return { name, dataType, dims };
 }
@@ -76,7 +78,7 @@ export function readMaskInput(
     try {
       return readMask(biasAt, numHeads, sample, isCausal);
     } catch (error) {
-      throw graph.refuse(node, error instanceof Error ? error.message : String(error), SUPPORTED_FORMS);
+      throw graph.refuse(node, reasonOf(error), SUPPORTED_FORMS);
     }
   });
   const [, long] = facts;
@@ -84,8 +86,30 @@ export function readMaskInput(
   return long;
 }
 
-/** Replaces `node` and returns its site. */
-function finish(
+/** What all of these operators say in one way. */
+export function factsOf(
+  node: GraphNode,
+  heads: Pick<SiteFacts, 'numHeads' | 'numKvHeads' | 'headDim'>,
+  mask: MaskFacts,
+): SiteFacts {
+  return {
+    ...heads,
+    scale: floatAttribute(node, 'scale', 0) || 1 / Math.sqrt(heads.headDim),
+    softcap: floatAttribute(node, 'softcap', 0),
+    ...mask,
+    sinkLogits: undefined,
+  };
+}
+
+/** What com.microsoft MultiHeadAttention and Attention say in one way: Q, K and V of one width, masked by input 5. */
+function multiHeadFacts(context: SearchContext, node: GraphNode, numHeads: number, width: number): SiteFacts {
+  const isCausal = integerAttribute(node, 'unidirectional', 0) === 1;
+  const mask = readMaskInput(context, node, node.inputs[5] ?? '', numHeads, isCausal);
+  return factsOf(node, { numHeads, numKvHeads: numHeads, headDim: width / numHeads }, mask);
+}
+
+/** Replaces `node` by a site over the rows of Q, K and V, and returns the site. */
+export function replaceBySite(
   context: SearchContext,
   node: GraphNode,
   builder: SiteBuilder,
@@ -159,16 +183,11 @@ function replaceGroupQuery(context: SearchContext, node: GraphNode): AttentionSi
   const mask = readMaskInput(context, node, node.inputs[10] ?? '', numHeads, true);
   const window = integerAttribute(node, 'local_window_size', -1);
   const facts: SiteFacts = {
-    numHeads,
-    numKvHeads,
-    headDim,
-    scale: floatAttribute(node, 'scale', 0) || 1 / Math.sqrt(headDim),
-    softcap: floatAttribute(node, 'softcap', 0),
-    ...mask,
+    ...factsOf(node, { numHeads, numKvHeads, headDim }, mask),
     windowTokens: window > 0 ? window : mask.windowTokens,
     sinkLogits: sinksOf(context, node, numHeads),
   };
-  return finish(context, node, builder, rows, facts);
+  return replaceBySite(context, node, builder, rows, facts);
 }
 
 function sinksOf({ graph, run }: SearchContext, node: GraphNode, numHeads: number): readonly number[] | undefined {
@@ -198,17 +217,8 @@ function replaceMultiHead(context: SearchContext, node: GraphNode): AttentionSit
     const own = builder.add('Slice', [bias.name, ends[0] ?? '', ends[1] ?? '', builder.integers([0])]);
     return builder.add('Add', [rows, builder.cast(own, bias.dataType, TYPE.float)]);
   });
-  const isCausal = integerAttribute(node, 'unidirectional', 0) === 1;
-  const facts: SiteFacts = {
-    numHeads,
-    numKvHeads: numHeads,
-    headDim: width / numHeads,
-    scale: floatAttribute(node, 'scale', 0) || 1 / Math.sqrt(width / numHeads),
-    softcap: 0,
-    ...readMaskInput(context, node, node.inputs[5] ?? '', numHeads, isCausal),
-    sinkLogits: undefined,
-  };
-  return finish(context, node, builder, { query, key, value }, facts);
+  const facts = multiHeadFacts(context, node, numHeads, width);
+  return replaceBySite(context, node, builder, { query, key, value }, facts);
 }
 
 function replacePacked(context: SearchContext, node: GraphNode): AttentionSite {
@@ -227,17 +237,8 @@ function replacePacked(context: SearchContext, node: GraphNode): AttentionSite {
   let packed = builder.add('MatMul', [input?.name ?? '', weight?.name ?? '']);
   if (has(node, 2)) packed = builder.add('Add', [packed, node.inputs[2] ?? '']);
   const rows = splitRows(builder, builder.cast(packed, input?.dataType ?? 0, TYPE.float), widths);
-  const isCausal = integerAttribute(node, 'unidirectional', 0) === 1;
-  const facts: SiteFacts = {
-    numHeads,
-    numKvHeads: numHeads,
-    headDim: width / numHeads,
-    scale: floatAttribute(node, 'scale', 0) || 1 / Math.sqrt(width / numHeads),
-    softcap: 0,
-    ...readMaskInput(context, node, node.inputs[5] ?? '', numHeads, isCausal),
-    sinkLogits: undefined,
-  };
-  return finish(context, node, builder, rows, facts);
+  const facts = multiHeadFacts(context, node, numHeads, width);
+  return replaceBySite(context, node, builder, rows, facts);
 }
 
 function replaceStandard(context: SearchContext, node: GraphNode): AttentionSite {
@@ -257,19 +258,12 @@ function replaceStandard(context: SearchContext, node: GraphNode): AttentionSite
   const [, numKvHeads = 0, , headDim = 0] = past.dims;
   const numHeads = query.dims.length === 4 ? (query.dims[1] ?? 0) : integerAttribute(node, 'q_num_heads', 0);
   const isCausal = integerAttribute(node, 'is_causal', 0) === 1;
-  const facts: SiteFacts = {
-    numHeads,
-    numKvHeads,
-    headDim,
-    scale: floatAttribute(node, 'scale', 0) || 1 / Math.sqrt(headDim),
-    softcap: floatAttribute(node, 'softcap', 0),
-    ...readMaskInput(context, node, node.inputs[3] ?? '', numHeads, isCausal),
-    sinkLogits: undefined,
-  };
+  const mask = readMaskInput(context, node, node.inputs[3] ?? '', numHeads, isCausal);
+  const facts = factsOf(node, { numHeads, numKvHeads, headDim }, mask);
   const rows = {
     query: builder.rows(query, tokens),
     key: builder.rows(key, tokens),
     value: builder.rows(value, tokens),
   };
-  return finish(context, node, builder, rows, facts);
+  return replaceBySite(context, node, builder, rows, facts);
 }

@@ -5,6 +5,7 @@
  * Invariants
  * 1. A value that cannot be evaluated is an error only when it is asked for: much of a graph falls away when it is cut.
  */
+import { reasonOf } from '../model-error.ts';
 import type { DecoderGraph, GraphNode } from './decoder-graph.ts';
 import { SUPPORTED_FORMS } from './decoder-graph.ts';
 import { elementsOf } from './element-types.ts';
@@ -72,7 +73,7 @@ export class Evaluation {
         if (name !== '' && value !== undefined && !this.#values.has(name)) this.#values.set(name, value);
       }
     } catch (error) {
-      this.#fail(node, { node, text: error instanceof Error ? error.message : String(error) });
+      this.#fail(node, { node, text: reasonOf(error) });
     }
   }
 

@@ -7,10 +7,11 @@
  * 2. Its region takes exactly Q, new K and new V from the tokens (the minimum cut says the same), anything else that it
  *    takes can be evaluated, and what it computes is checked by calculation (attention-fit.ts).
  */
+import { reasonOf } from '../model-error.ts';
 import { checkOperand, fitAttention, type Head, type Region } from './attention-fit.ts';
-import { readMaskInput, type SearchContext } from './attention-operators.ts';
+import { factsOf, laid, readMaskInput, replaceBySite, type SearchContext } from './attention-operators.ts';
 import { type AttentionSite, type Laid, SiteBuilder, type SiteFacts } from './attention-site.ts';
-import { floatAttribute, type GraphNode, integerAttribute, SUPPORTED_FORMS } from './decoder-graph.ts';
+import { type GraphNode, integerAttribute, SUPPORTED_FORMS } from './decoder-graph.ts';
 import { checkMinimumCut } from './minimum-cut.ts';
 import { roleOf } from './samples.ts';
 
@@ -78,11 +79,6 @@ interface Join {
   readonly own: string;
 }
 
-function laid({ run }: SearchContext, name: string): Laid {
-  const { dataType, dims } = run.evaluation.value(name);
-  return { name, dataType, dims };
-}
-
 /** Values that the region takes from outside and that cannot be evaluated: they come from the tokens. */
 function entriesOf({ run }: SearchContext, nodes: readonly GraphNode[], fromCache: ReadonlySet<string>): string[] {
   const made = new Set(nodes.flatMap((node) => node.outputs));
@@ -142,24 +138,14 @@ function fitted<T>({ graph }: SearchContext, end: GraphNode, fit: () => T): T {
   try {
     return fit();
   } catch (error) {
-    throw graph.refuse(end, error instanceof Error ? error.message : String(error), SUPPORTED_FORMS);
+    throw graph.refuse(end, reasonOf(error), SUPPORTED_FORMS);
   }
 }
 
-function replaceEnd(
-  { graph, run }: SearchContext,
-  end: GraphNode,
-  parts: readonly Laid[],
-  facts: SiteFacts,
-): AttentionSite {
-  const builder = new SiteBuilder(graph, end);
-  const [query = '', key = '', value = ''] = parts.map((part) => builder.rows(part, run.sample.tokens));
-  const site = builder.site(query, key, value);
-  const output = end.outputs[0] ?? '';
-  const { dataType, dims } = run.evaluation.value(output);
-  builder.deliver(site, { name: output, dataType, dims }, run.sample.tokens, facts);
-  graph.replace(end, builder.nodes);
-  return { node: site, origin: end, facts };
+function replaceEnd(context: SearchContext, end: GraphNode, parts: readonly Laid[], facts: SiteFacts): AttentionSite {
+  const builder = new SiteBuilder(context.graph, end);
+  const [query = '', key = '', value = ''] = parts.map((part) => builder.rows(part, context.run.sample.tokens));
+  return replaceBySite(context, end, builder, { query, key, value }, facts);
 }
 
 /** A fused operator without a cache of its own: K and V are joined, and repeated for the heads, before it. */
@@ -200,12 +186,6 @@ function replaceFused(context: SearchContext, end: GraphNode, fromCache: Readonl
   if (integerAttribute(end, isStandard ? 'is_causal' : 'unidirectional', 0) === 1) {
     throw graph.refuse(end, 'is causal by itself, but its cache is joined before it', SUPPORTED_FORMS);
   }
-  const mask = end.inputs[isStandard ? 3 : 5] ?? '';
-  return replaceEnd(context, end, [queryLaid, key, value], {
-    ...head,
-    scale: floatAttribute(end, 'scale', 0) || 1 / Math.sqrt(head.headDim),
-    softcap: isStandard ? floatAttribute(end, 'softcap', 0) : 0,
-    ...readMaskInput(context, end, mask, numHeads, false),
-    sinkLogits: undefined,
-  });
+  const mask = readMaskInput(context, end, end.inputs[isStandard ? 3 : 5] ?? '', numHeads, false);
+  return replaceEnd(context, end, [queryLaid, key, value], factsOf(end, head, mask));
 }
