@@ -2,19 +2,11 @@
  * Speculation changes how many passes an answer takes and nothing else: greedy and seeded answers are the same with and
  * without it, also where most drafts are wrong, over several shards and small blocks.
  */
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { TokenStream, WorkQueue } from '@lamina/bus';
 import { loadTokenizer } from '@lamina/model';
-import { decodeTokens, type WorkItem } from '@lamina/protocol';
-import { afterAll, beforeAll, expect, it } from 'vitest';
-import { type NatsServer, startNatsServer } from '../../packages/testkit/dist/nats-server.js';
-import { startAttentionShard } from '../../services/attention-shard/dist/service.js';
-import { startDenseExecutor } from '../../services/dense-executor/dist/service.js';
-import { startKvManager } from '../../services/kv-manager/dist/service.js';
-import { connect, startInProcess } from '../contract/in-process.ts';
+import type { WorkItem } from '@lamina/protocol';
+import { expect, it } from 'vitest';
+import { useTestBench, withCluster } from './in-process-cluster.ts';
 
 const MODEL = fileURLToPath(new URL('../../models/lamina-tiny', import.meta.url));
 const MAX_TOKENS = 96;
@@ -31,72 +23,29 @@ const SAMPLINGS: readonly WorkItem['sampling'][] = [
   { temperature: 1, topP: 1, topK: 20, minP: 0.02, seed: 123_456_789 },
 ];
 
-let nats: NatsServer;
-let cacheDir: string;
-
-beforeAll(async () => {
-  cacheDir = mkdtempSync(join(tmpdir(), 'lamina-speculation-'));
-  nats = await startNatsServer();
-});
-
-afterAll(async () => {
-  await nats.stop();
-  rmSync(cacheDir, { recursive: true, force: true });
-});
+const bench = useTestBench('speculation');
 
 /** All answers, one request at a time, and how many passes and accepted drafts they took. */
 async function answers(speculation: 'auto' | 'off'): Promise<{ tokens: (number | null)[][]; counters: string }> {
   const tokenizer = await loadTokenizer(MODEL);
-  const flags = ['--kv-dtype', 'f32', '--spread-above-tokens', '32', '--block-size-tokens', '8'];
-  const manager = await startInProcess('kv-manager', startKvManager, nats.url, flags);
-  const shards = await Promise.all(
-    [1, 2, 3].map(() => startInProcess('attention-shard', startAttentionShard, nats.url, ['--kv-budget-bytes', '16m'])),
+  const flags = {
+    kvManager: ['--kv-dtype', 'f32', '--spread-above-tokens', '32', '--block-size-tokens', '8'],
+    shards: Array.from({ length: 3 }, () => ['--kv-budget-bytes', '16m']),
+    executor: ['--model', MODEL, '--cache-dir', bench.scratch, '--speculation', speculation],
+  };
+  const requests = PROMPTS.flatMap((prompt, i) =>
+    SAMPLINGS.map((sampling, j) => ({
+      ...{ id: `${speculation}-${i}-${j}`, model: 'lamina-tiny', tokenIds: tokenizer.encode(prompt) },
+      ...{ maxTokens: MAX_TOKENS, sampling },
+    })),
   );
-  const executor = await startInProcess('dense-executor', startDenseExecutor, nats.url, [
-    ...['--model', MODEL, '--cache-dir', cacheDir, '--speculation', speculation],
-  ]);
-  const bus = await connect(nats.url);
-  const queue = new WorkQueue(bus);
-  const stream = new TokenStream(bus, () => {});
-  const tokens: (number | null)[][] = [];
-  try {
-    for (const prompt of PROMPTS) {
-      for (const sampling of SAMPLINGS) {
-        const id = `${speculation}-${tokens.length}`;
-        const answer: (number | null)[] = [];
-        const done = new Promise<void>((resolve) => {
-          stream.follow(id, (message) => {
-            for (const { token, finish_reason } of decodeTokens(message.data)) {
-              answer.push(token);
-              if (finish_reason !== null) resolve();
-            }
-          });
-        });
-        await queue.submit({
-          id,
-          model: 'lamina-tiny',
-          tokenIds: tokenizer.encode(prompt),
-          maxTokens: MAX_TOKENS,
-          sampling,
-          stop: [],
-          logprobs: null,
-          ignoreEos: true,
-          priority: 0,
-          deadlineAtMs: null,
-          encoding: 'json',
-          submittedAtMs: Date.now(),
-        });
-        await done;
-        tokens.push(answer);
-      }
-    }
-    return { tokens, counters: await executor.context.registry.metrics() };
-  } finally {
-    await bus.close();
-    await executor.stop();
-    await Promise.all(shards.map((shard) => shard.stop()));
-    await manager.stop();
-  }
+  return withCluster(bench.natsUrl, flags, async (cluster) => {
+    const messages = await cluster.generate(requests, 1);
+    return {
+      tokens: messages.map((answer) => answer.map(({ token }) => token)),
+      counters: await cluster.executor.context.registry.metrics(),
+    };
+  });
 }
 
 const counter = (counters: string, name: string): number =>
