@@ -129,16 +129,17 @@ function readTensors(file: Buffer): Map<string, PlainTensor> {
     if (name === '__metadata__') continue;
     const data = file.subarray(8 + headerBytes + offsets[0], 8 + headerBytes + offsets[1]);
     const count = shape.reduce((a, b) => a * b, 1);
-    tensors.set(name, { shape, values: Float64Array.from({ length: count }, (_, i) => element(data, dtype, i)) });
+    tensors.set(name, { shape, values: new Float64Array(count).map((_, i) => element(data, dtype, i)) });
   }
   return tensors;
 }
+
+const word = Buffer.alloc(4);
 
 function element(data: Buffer, dtype: string, i: number): number {
   if (dtype === 'F32') return data.readFloatLE(i * 4);
   const bits = data.readUInt16LE(i * 2);
   if (dtype === 'BF16') {
-    const word = Buffer.alloc(4);
     word.writeUInt16LE(bits, 2);
     return word.readFloatLE(0);
   }

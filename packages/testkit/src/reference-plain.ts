@@ -13,8 +13,15 @@ import { gemmaLayer, gpt2Layer, llamaLayer, olmo2Layer, phi3Layer, qwen3Layer } 
 import { add, layerNorm, multiply, type Rows, rmsNorm, tanhCap } from './reference-plain-math.ts';
 import { type PlainConfig, PlainModel } from './reference-plain-model.ts';
 
-/** Logits [vocab] at every position of `tokenIds`, for the single-file checkpoint in `dir`. */
+/** Logits [vocab] at every position of `tokenIds`. */
+export type PlainForward = (tokenIds: readonly number[]) => Float64Array[];
+
 export async function plainLogits(dir: string, tokenIds: readonly number[]): Promise<Float64Array[]> {
+  return (await loadPlain(dir))(tokenIds);
+}
+
+/** Reads the single-file checkpoint in `dir` once, for any number of sequences. */
+export async function loadPlain(dir: string): Promise<PlainForward> {
   const json: PlainConfig & { text_config?: PlainConfig } = JSON.parse(
     await readFile(join(dir, 'config.json'), 'utf8'),
   );
@@ -22,13 +29,19 @@ export async function plainLogits(dir: string, tokenIds: readonly number[]): Pro
   const given = json.text_config === undefined ? json : { ...json.text_config, model_type: 'gemma3_text' };
   const config = withClassDefaults(given);
   switch (config.model_type) {
-    case 'gpt2':
-      return gpt2(new PlainModel(config, file, config.tie_word_embeddings === false ? 'transformer.' : ''), tokenIds);
+    case 'gpt2': {
+      const model = new PlainModel(config, file, config.tie_word_embeddings === false ? 'transformer.' : '');
+      return (tokenIds) => gpt2(model, tokenIds);
+    }
     case 'gemma2':
-    case 'gemma3_text':
-      return gemma(new PlainModel(config, file, json.text_config ? 'language_model.model.' : 'model.'), tokenIds);
-    default:
-      return llamaLike(new PlainModel(config, file, 'model.'), tokenIds);
+    case 'gemma3_text': {
+      const model = new PlainModel(config, file, json.text_config ? 'language_model.model.' : 'model.');
+      return (tokenIds) => gemma(model, tokenIds);
+    }
+    default: {
+      const model = new PlainModel(config, file, 'model.');
+      return (tokenIds) => llamaLike(model, tokenIds);
+    }
   }
 }
 
