@@ -1,8 +1,8 @@
 /**
- * Owns writing a GGUF file of a published shape with random Q4_0 weights, for llama.cpp.
+ * Owns writing a GGUF file of a published shape with random quantized weights, for llama.cpp.
  *
  * Invariants
- * 1. Every matrix is Q4_0, the embedding included: what our int4 format quantizes, and no more bytes.
+ * 1. Every matrix is quantized, the embedding included: what our int8 and int4 quantize, and no more bytes.
  * 2. The file appears whole or not at all.
  */
 import { randomFillSync } from 'node:crypto';
@@ -13,13 +13,14 @@ import type { Shape } from './models.ts';
 const ALIGNMENT = 32;
 const VERSION = 3;
 const VALUE_TYPE = { uint32: 4, float32: 6, string: 8, array: 9, int32: 5 } as const;
-const TENSOR_TYPE = { float32: 0, q4_0: 2 } as const;
-/** A Q4_0 block: a float16 scale, then 32 weights of 4 bits. */
+const TENSOR_TYPE = { float32: 0, q4_0: 2, q8_0: 8 } as const;
+/** A block: a float16 scale, then 32 weights of 4 or 8 bits. spread: standard deviation of uniform integers of so many. */
 const BLOCK_ELEMENTS = 32;
-const BLOCK_BYTES = 18;
-/** Standard deviation of uniform integers -8 .. 7. */
-const QUANT_SPREAD = 4.61;
-const FILE_TYPE_Q4_0 = 2;
+const QUANTIZATIONS = {
+  q4_0: { blockBytes: 18, spread: 4.61, fileType: 2 },
+  q8_0: { blockBytes: 34, spread: 73.9, fileType: 7 },
+} as const;
+export type Quantization = keyof typeof QUANTIZATIONS;
 
 class Bytes {
   readonly #parts: Buffer[] = [];
@@ -66,16 +67,18 @@ interface GgufTensor {
 
 const elementsOf = ({ dims }: GgufTensor): number => dims.reduce((product, dim) => product * dim, 1);
 const bytesOf = (tensor: GgufTensor): number =>
-  tensor.type === 'float32' ? 4 * elementsOf(tensor) : (elementsOf(tensor) / BLOCK_ELEMENTS) * BLOCK_BYTES;
+  tensor.type === 'float32'
+    ? 4 * elementsOf(tensor)
+    : (elementsOf(tensor) / BLOCK_ELEMENTS) * QUANTIZATIONS[tensor.type].blockBytes;
 const aligned = (bytes: number): number => Math.ceil(bytes / ALIGNMENT) * ALIGNMENT;
 
-function tensorsOf(shape: Shape): GgufTensor[] {
+function tensorsOf(shape: Shape, type: Quantization): GgufTensor[] {
   const { hiddenSize, intermediateSize, vocabSize, numLayers } = shape;
   const queryWidth = shape.numHeads * shape.headDim;
   const kvWidth = shape.numKvHeads * shape.headDim;
   const vector = (name: string, width: number): GgufTensor => ({ name, dims: [width], type: 'float32' });
   const matrix = (name: string, inputs: number, outputs: number): GgufTensor => {
-    return { name: `${name}.weight`, dims: [inputs, outputs], type: 'q4_0' };
+    return { name: `${name}.weight`, dims: [inputs, outputs], type };
   };
   const layers = Array.from({ length: numLayers }, (_, layer) => {
     const prefix = `blk.${layer}`;
@@ -106,7 +109,7 @@ function tensorsOf(shape: Shape): GgufTensor[] {
 }
 
 /** Key-value pairs of the header. @returns how many, and their bytes. */
-function metadataOf(shape: Shape): { count: number; bytes: Buffer } {
+function metadataOf(shape: Shape, type: Quantization): { count: number; bytes: Buffer } {
   const out = new Bytes();
   let count = 0;
   const key = (name: string, type: keyof typeof VALUE_TYPE): Bytes => {
@@ -116,7 +119,7 @@ function metadataOf(shape: Shape): { count: number; bytes: Buffer } {
   const arch = shape.modelType;
   key('general.architecture', 'string').string(arch);
   key('general.name', 'string').string('random');
-  key('general.file_type', 'uint32').uint32(FILE_TYPE_Q4_0);
+  key('general.file_type', 'uint32').uint32(QUANTIZATIONS[type].fileType);
   const integers: Readonly<Record<string, number>> = {
     block_count: shape.numLayers,
     context_length: shape.contextLength,
@@ -152,14 +155,15 @@ function dataOf(tensor: GgufTensor): Buffer {
     return data;
   }
   randomFillSync(data);
-  const scale = float32ToFloat16Bits(1 / (QUANT_SPREAD * Math.sqrt(tensor.dims[0]!)));
-  for (let at = 0; at < bytesOf(tensor); at += BLOCK_BYTES) data.writeUInt16LE(scale, at);
+  const { blockBytes, spread } = QUANTIZATIONS[tensor.type];
+  const scale = float32ToFloat16Bits(1 / (spread * Math.sqrt(tensor.dims[0]!)));
+  for (let at = 0; at < bytesOf(tensor); at += blockBytes) data.writeUInt16LE(scale, at);
   return data;
 }
 
-export async function writeGguf(path: string, shape: Shape): Promise<void> {
-  const tensors = tensorsOf(shape);
-  const metadata = metadataOf(shape);
+export async function writeGguf(path: string, shape: Shape, type: Quantization): Promise<void> {
+  const tensors = tensorsOf(shape, type);
+  const metadata = metadataOf(shape, type);
   const infos = new Bytes();
   let offset = 0;
   for (const tensor of tensors) {

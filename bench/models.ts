@@ -5,7 +5,7 @@ import { existsSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SYNTHETIC_SHAPES, type SyntheticShapeName, writeSyntheticModel } from '@lamina/model';
-import { writeGguf } from './gguf.ts';
+import { type Quantization, writeGguf } from './gguf.ts';
 
 export type Shape = (typeof SYNTHETIC_SHAPES)[SyntheticShapeName];
 
@@ -33,12 +33,12 @@ export async function checkpointOf(directory: string, model: string): Promise<st
 
 export const builtCacheOf = (directory: string): string => join(directory, 'built');
 
-/** Path of the same shape as GGUF with Q4_0 weights, written if it is not there. */
-export async function ggufOf(directory: string, model: string): Promise<string> {
-  const target = join(directory, `${model}-q4_0.gguf`);
+/** Path of the same shape as GGUF, written if it is not there. */
+export async function ggufOf(directory: string, model: string, type: Quantization): Promise<string> {
+  const target = join(directory, `${model}-${type}.gguf`);
   if (!existsSync(target)) {
     await mkdir(directory, { recursive: true });
-    await writeGguf(target, shapeOf(model).shape);
+    await writeGguf(target, shapeOf(model).shape, type);
   }
   return target;
 }

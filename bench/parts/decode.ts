@@ -15,12 +15,17 @@ interface Case {
 
 const SMALL = 'smollm2-135m';
 const CASES: readonly Case[] = [
-  { model: SMALL, numRequests: 32, contextTokens: 1024, peers: { 'llama-cpp': 2.5, 'ort-loop': 6 } },
-  { model: SMALL, numRequests: 32, contextTokens: 128, peers: { 'llama-cpp': 1.5 } },
+  {
+    model: SMALL,
+    numRequests: 32,
+    contextTokens: 1024,
+    peers: { 'llama-cpp': 2.5, 'llama-cpp-q8': 2.5, 'ort-loop': 6 },
+  },
+  { model: SMALL, numRequests: 32, contextTokens: 128, peers: { 'llama-cpp': 1.5, 'llama-cpp-q8': 1.5 } },
   { model: SMALL, numRequests: 8, contextTokens: 1024, peers: { 'llama-cpp': 2 } },
   { model: SMALL, numRequests: 8, contextTokens: 128, peers: { 'llama-cpp': 1.2, 'transformers-js': null } },
   { model: SMALL, numRequests: 1, contextTokens: 1024, peers: { 'llama-cpp': 0.7 } },
-  { model: SMALL, numRequests: 1, contextTokens: 128, peers: { 'llama-cpp': 0.5 } },
+  { model: SMALL, numRequests: 1, contextTokens: 128, peers: { 'llama-cpp': 0.5, 'llama-cpp-q8': 0.5 } },
   { model: 'qwen2.5-0.5b', numRequests: 16, contextTokens: 1024, peers: { 'llama-cpp': 2 } },
   { model: 'qwen2.5-0.5b', numRequests: 1, contextTokens: 128, peers: { 'llama-cpp': 0.7 } },
 ];
@@ -38,7 +43,7 @@ export async function decode(context: Context): Promise<Row[]> {
   const rows: Row[] = [];
   try {
     for (const { model, numRequests, contextTokens, peers: wanted } of context.isQuick ? QUICK_CASES : CASES) {
-      const kinds = (['llama-cpp', 'ort-loop', 'transformers-js'] as const).filter(
+      const kinds = (['llama-cpp', 'llama-cpp-q8', 'ort-loop', 'transformers-js'] as const).filter(
         (kind) => wanted[kind] !== undefined,
       );
       const contestants = kinds.map((kind) => {

@@ -3,10 +3,11 @@
  * memory out of another's figures.
  */
 import type { Contestant } from './peer.ts';
-import type { PeerCall, PeerName, PeerReply } from './remote.ts';
+import { PEER_NAMES, type PeerCall, type PeerName, type PeerReply } from './remote.ts';
 
 const PEERS: Readonly<Record<PeerName, () => Promise<Contestant>>> = {
-  'llama-cpp': async () => new (await import('./llama-cpp.ts')).LlamaCppPeer(),
+  'llama-cpp': async () => new (await import('./llama-cpp.ts')).LlamaCppPeer(PEER_NAMES['llama-cpp'], 'q4_0'),
+  'llama-cpp-q8': async () => new (await import('./llama-cpp.ts')).LlamaCppPeer(PEER_NAMES['llama-cpp-q8'], 'q8_0'),
   'ort-loop': async () => new (await import('./ort-loop.ts')).OrtLoopPeer(),
   'transformers-js': async () => new (await import('./transformers-js.ts')).TransformersJsPeer(),
 };

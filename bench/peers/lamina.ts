@@ -34,7 +34,7 @@ const STATUS_TIMEOUT_MS = 5_000;
 const STALL_MS = 300_000;
 
 const SETTINGS_OF_BENCHMARKS: ServiceSettings = {
-  weights: 'int4',
+  weights: 'int8',
   kvDtype: 'f16',
   kvBudgetBytes: '4g',
   // Random weights soon repeat themselves: guessed tokens would count as speed that no real text has.

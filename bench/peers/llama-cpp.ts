@@ -3,6 +3,7 @@
  * chooses, float16 KV.
  */
 import { GgmlType, getLlama, type Llama, type LlamaContext, type LlamaModel, type LlamaSequence } from 'node-llama-cpp';
+import type { Quantization } from '../gguf.ts';
 import { ggufOf, shapeOf } from '../models.ts';
 import { type Contestant, type Opened, promptOf, WARM_UP_STEPS, type WindowLimits, type Workload } from './peer.ts';
 
@@ -33,13 +34,19 @@ class LiveSequence {
 }
 
 export class LlamaCppPeer implements Contestant {
-  readonly name = 'node-llama-cpp';
+  readonly name: string;
+  readonly #type: Quantization;
   #llama: Llama | undefined;
   #model: LlamaModel | undefined;
   #modelName = '';
   #context: LlamaContext | undefined;
   #live: LiveSequence[] = [];
   #contextTokens = 0;
+
+  constructor(name: string, type: Quantization) {
+    this.name = name;
+    this.#type = type;
+  }
 
   async open(workload: Workload): Promise<Opened> {
     const { numRequests, contextTokens, maxNewTokens, threads } = workload;
@@ -124,7 +131,7 @@ export class LlamaCppPeer implements Contestant {
     });
     if (this.#modelName !== model) {
       await this.#model?.dispose();
-      this.#model = await this.#llama.loadModel({ modelPath: await ggufOf(directory, model) });
+      this.#model = await this.#llama.loadModel({ modelPath: await ggufOf(directory, model, this.#type) });
       this.#modelName = model;
     }
     if (this.#model === undefined) throw new Error('no model');

@@ -1,5 +1,5 @@
 /**
- * Owns ONNX Runtime driven directly from JavaScript: the uncut graph with GroupQueryAttention and our int4 weights, KV in
+ * Owns ONNX Runtime driven directly from JavaScript: the uncut graph with GroupQueryAttention and our int8 weights, KV in
  * and out as tensors. The graph's KV is float32, as published CPU graphs have it.
  *
  * Invariants
@@ -26,7 +26,7 @@ export class OrtLoopPeer implements Contestant {
     const checkpoint = await checkpointOf(directory, model);
     await readModel(checkpoint);
     if (this.#session === undefined) {
-      const built = await buildModel(checkpoint, { cacheDir: builtCacheOf(directory), weights: 'int4' });
+      const built = await buildModel(checkpoint, { cacheDir: builtCacheOf(directory), weights: 'int8' });
       this.#session = await InferenceSession.create(built.uncutGraphPath, {
         executionProviders: ['cpu'],
         intraOpNumThreads: threads,

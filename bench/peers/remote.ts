@@ -4,12 +4,13 @@ import { fileURLToPath } from 'node:url';
 import type { Contestant, Opened, WindowLimits, Workload } from './peer.ts';
 
 const HOST = fileURLToPath(new URL('host.js', import.meta.url));
-const NAMES = {
-  'llama-cpp': 'node-llama-cpp',
+export const PEER_NAMES = {
+  'llama-cpp': 'node-llama-cpp Q4_0',
+  'llama-cpp-q8': 'node-llama-cpp Q8_0',
   'ort-loop': 'ONNX Runtime loop',
   'transformers-js': 'transformers.js',
 } as const;
-export type PeerName = keyof typeof NAMES;
+export type PeerName = keyof typeof PEER_NAMES;
 
 export type PeerCall =
   | { readonly method: 'open'; readonly workload: Workload }
@@ -28,7 +29,7 @@ export class RemotePeer implements Contestant {
   #child: ChildProcess | undefined;
 
   constructor(kind: PeerName) {
-    this.name = NAMES[kind];
+    this.name = PEER_NAMES[kind];
     this.#kind = kind;
   }
 
