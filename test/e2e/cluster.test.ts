@@ -183,15 +183,20 @@ describe.runIf(process.platform === 'linux')('an idle cluster', () => {
             .split(' ');
           return sum + Number(fields[11]) + Number(fields[12]);
         }, 0);
-      const before = ticks();
-      const seconds = 6;
-      await new Promise((resolve) => setTimeout(resolve, seconds * 1_000));
-      const percent = ticks() - before; // 100 ticks a second: ticks per second are percent of a core
-      console.log(`idle: ${(percent / seconds).toFixed(2)} % of a core for ${children.length} processes`);
-      // The target is 2; 1.2 to 1.8 was seen where nothing else ran, up to 3.8 beside other programs.
-      expect(percent / seconds).toBeLessThan(6);
+      // V8 collects what the start left behind once, 5 to 25 s later, in each process at another time and for some 100 ms:
+      // that falls into a few of these windows, what an idle cluster does all the time into every one.
+      const seconds = 2;
+      const percents: number[] = [];
+      while (percents.length < 12) {
+        const before = ticks();
+        await new Promise((resolve) => setTimeout(resolve, seconds * 1_000));
+        percents.push((ticks() - before) / seconds); // 100 ticks a second: ticks per second are percent of a core
+      }
+      const median = [...percents].sort((a, b) => a - b)[percents.length / 2];
+      console.log(`idle: ${median} % of a core for ${children.length} processes; windows of ${seconds} s: ${percents}`);
+      expect(median).toBeLessThan(2);
     } finally {
       await cluster.stop();
     }
-  }, 40_000);
+  }, 60_000);
 });
