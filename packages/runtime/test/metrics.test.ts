@@ -1,4 +1,7 @@
-/** Joining the metrics of several processes, over a real nats-server. */
+/** Joining the metrics of several processes, over a real nats-server; the event-loop delay. */
+import { execFile } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { Bus } from '@lamina/bus';
 import { packMessage, SUBJECTS } from '@lamina/protocol';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -108,3 +111,37 @@ test('an event loop that stood still is seen once, in the next scrape', async ()
   await sleep(200);
   expect(await worstSeconds()).toBeLessThan(0.25);
 });
+
+const IDLE_THEN_AT_WORK = `
+  import { readFileSync } from 'node:fs';
+  const { createRegistry } = await import(process.argv[1]);
+  const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+  const stall = (ms) => { const untilMs = performance.now() + ms; while (performance.now() < untilMs); };
+  const sleeps = () => Number(/^voluntary_ctxt_switches:\\s*(\\d+)/m.exec(readFileSync('/proc/thread-self/status', 'utf8'))[1]);
+  const registry = createRegistry('gateway', 'g');
+  await sleep(4_500);
+  const before = sleeps();
+  await sleep(4_000);
+  const numWakeUps = sleeps() - before;
+  const endMs = performance.now() + 2_500;
+  while (performance.now() < endMs) { stall(5); await sleep(5); }
+  await registry.metrics();
+  await sleep(200);
+  stall(400);
+  await sleep(200);
+  console.log(JSON.stringify({ numWakeUps, metrics: await registry.metrics() }));
+`;
+
+test.runIf(process.platform === 'linux')(
+  'an idle process is hardly woken for its event-loop delay, and a stall in the work that follows is seen',
+  async () => {
+    const module = fileURLToPath(new URL('../dist/metrics.js', import.meta.url));
+    const ran = promisify(execFile)(process.execPath, ['--input-type=module', '-e', IDLE_THEN_AT_WORK, module]);
+    const { numWakeUps, metrics } = JSON.parse((await ran).stdout);
+    // 42 when the delay is sampled all the time.
+    expect(numWakeUps).toBeLessThan(25);
+    const worst = Number(/_delay_seconds\{quantile="1",.*\} (\S+)$/m.exec(metrics)?.[1]);
+    expect(worst).toBeGreaterThan(0.25);
+  },
+  30_000,
+);
