@@ -62,6 +62,7 @@ export class Executor {
       metrics,
       log,
       onRunnable: () => this.steps.pump(),
+      onReleaseWaits: (request) => this.steps.abortFor(request),
       onShardLost: (shardId) => this.#pool?.broadcast({ kind: 'shardLost', shardId }),
     });
     this.steps = new StepLoop({

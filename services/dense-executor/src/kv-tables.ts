@@ -27,6 +27,8 @@ export interface KvTablesOptions {
   readonly log: Logger;
   /** Something may be runnable now. */
   readonly onRunnable: () => void;
+  /** The blocks of a request are kept by the step in flight, and by nothing else. */
+  readonly onReleaseWaits: (request: GenerationRequest) => void;
   /** Tells the workers, so that steps that wait for the shard fail at once. */
   readonly onShardLost: (shardId: string) => void;
 }
@@ -141,7 +143,10 @@ export class KvTables implements KvEvents {
     if (request.numTableBlocks === 0) return;
     request.isReleasePending = true;
     if (!request.isInStep) this.#releaseNow(request);
-    else setTimeout(() => this.#hastenRelease(request), STEP_OVERDUE_MS).unref();
+    else {
+      this.#options.onReleaseWaits(request);
+      setTimeout(() => this.#hastenRelease(request), STEP_OVERDUE_MS).unref();
+    }
   }
 
   /** Has the shards asked now, not when they are late: if one is dead, the step fails and the others' blocks are free. */

@@ -14,6 +14,7 @@ export class ExecutorMetrics {
   readonly acceptedTokens: Counter;
   readonly steps: Counter;
   readonly failedSteps: Counter<'code'>;
+  readonly abortedSteps: Counter;
   readonly recoveries: Counter;
   readonly preemptions: Counter;
   readonly requests: Counter<'finish_reason'>;
@@ -42,6 +43,11 @@ export class ExecutorMetrics {
       name: 'lamina_failed_steps_total',
       help: 'Steps that were given up',
       labelNames: ['code'],
+      registers,
+    });
+    this.abortedSteps = new Counter({
+      name: 'lamina_aborted_steps_total',
+      help: 'Steps that were ended early because requests in them had ended',
       registers,
     });
     this.recoveries = new Counter({

@@ -6,6 +6,9 @@
  * 2. Everything is driven by events: a wave without work costs nothing.
  * 3. A shard that does not listen has died or connects again. Its requests are held and tried again with their KV, until it
  *    does or the kv-manager says that it is lost; asking for other blocks before that could give the same shard's.
+ * 4. A step is aborted when it keeps blocks that are to be free and a good part of it is for nothing; its other requests run
+ *    again with their KV. Of two steps of a wave in a row that others take part in, at most one is aborted: who submits and
+ *    cancels in a loop cannot stop them.
  */
 import type { Logger } from '@lamina/runtime';
 import { ERROR_CODES, LaminaError } from '@lamina/tensor';
@@ -20,7 +23,7 @@ import { NOT_WANTED, type StepDone, type StepFailed } from './worker/messages.ts
 import type { WorkerPool } from './worker-pool.ts';
 
 /** What is asked of the workers here. */
-export type StepRunner = Pick<WorkerPool, 'run' | 'waveOnWorker' | 'broadcast'>;
+export type StepRunner = Pick<WorkerPool, 'run' | 'abort' | 'waveOnWorker' | 'broadcast'>;
 
 export interface StepLoopOptions {
   readonly requests: RunningRequests;
@@ -33,10 +36,20 @@ export interface StepLoopOptions {
 }
 
 const HOLD_MS = 200;
+/** Rows without a use for which the rows of others are computed twice: more than those of a decoding request with its drafts. */
+const MIN_VOID_ROWS = 32;
+
+interface StepInFlight {
+  readonly stepId: number;
+  readonly entries: readonly StepEntry[];
+  isAborted: boolean;
+}
 
 export class StepLoop {
   readonly #options: StepLoopOptions;
-  readonly #steps: (readonly StepEntry[] | undefined)[];
+  readonly #steps: (StepInFlight | undefined)[];
+  /** By wave: its last step was aborted. */
+  readonly #wasAborted: boolean[];
   #pool: StepRunner | undefined;
   #numSteps = 0;
   #hold: NodeJS.Timeout | undefined;
@@ -44,6 +57,7 @@ export class StepLoop {
   constructor(options: StepLoopOptions) {
     this.#options = options;
     this.#steps = Array.from({ length: options.scheduler.numWaves }, () => undefined);
+    this.#wasAborted = this.#steps.map(() => false);
   }
 
   connect(pool: StepRunner): void {
@@ -67,7 +81,7 @@ export class StepLoop {
       if (entries.length > 0) {
         const stepId = this.#numSteps++ >>> 0;
         const { step, transfer } = buildStep(entries, scheduler, pool.waveOnWorker(wave), stepId, leaseTerm);
-        this.#steps[wave] = entries;
+        this.#steps[wave] = { stepId, entries, isAborted: false };
         for (const { request } of entries) request.isInStep = true;
         pool.run(wave, step, transfer);
         metrics.observe('schedule', performance.now() - startedMs);
@@ -76,9 +90,26 @@ export class StepLoop {
     }
   }
 
+  /** Ends the step that keeps the blocks of a request which has no use for it, if that pays. */
+  abortFor(request: GenerationRequest): void {
+    const wave = this.#steps.findIndex((step) => step?.entries.some((entry) => entry.request === request));
+    const step = this.#steps[wave];
+    if (step === undefined || step.isAborted) return;
+    let numVoidRows = 0;
+    let numRows = 0;
+    for (const { request: other, kvGeneration, numTokens } of step.entries) {
+      numRows += numTokens;
+      if (other.kvGeneration !== kvGeneration) numVoidRows += numTokens;
+    }
+    const isForNothing = numVoidRows === numRows;
+    if (!isForNothing && (numVoidRows < MIN_VOID_ROWS || this.#wasAborted[wave])) return;
+    step.isAborted = true;
+    this.#pool?.abort(wave, step.stepId);
+  }
+
   onStepDone(wave: number, result: StepDone): void {
     const { requests, metrics } = this.#options;
-    const entries = this.#endStep(wave);
+    const { entries } = this.#endStep(wave);
     let row = 0;
     for (const entry of entries) {
       const { request, numTokens, draft } = entry;
@@ -135,10 +166,13 @@ export class StepLoop {
 
   onStepFailed(wave: number, result: StepFailed): void {
     const { requests, tables, metrics, log } = this.#options;
-    const entries = this.#endStep(wave);
+    const { entries, isAborted } = this.#endStep(wave);
     const { code, message, shardIds } = result;
-    metrics.failedSteps.inc({ code });
-    log.warn({ code, reason: message, shardIds, numRequests: entries.length }, 'a step failed');
+    if (isAborted && shardIds.length === 0 && ERROR_CODES[code].retryable) metrics.abortedSteps.inc();
+    else {
+      metrics.failedSteps.inc({ code });
+      log.warn({ code, reason: message, shardIds, numRequests: entries.length }, 'a step failed');
+    }
     for (const { request, kvGeneration } of entries) {
       if (kvGeneration !== request.kvGeneration) continue;
       // A retryable failure that is no shard's leaves the KV as it was: the same tokens run again.
@@ -161,12 +195,13 @@ export class StepLoop {
     }, HOLD_MS).unref();
   }
 
-  #endStep(wave: number): readonly StepEntry[] {
-    const entries = this.#steps[wave];
-    if (entries === undefined) throw new LaminaError('internal', `wave ${wave} ended a step that was not begun`);
+  #endStep(wave: number): StepInFlight {
+    const step = this.#steps[wave];
+    if (step === undefined) throw new LaminaError('internal', `wave ${wave} ended a step that was not begun`);
     this.#steps[wave] = undefined;
-    for (const { request } of entries) request.isInStep = false;
-    return entries;
+    this.#wasAborted[wave] = step.isAborted;
+    for (const { request } of step.entries) request.isInStep = false;
+    return step;
   }
 
   #settle(entries: readonly StepEntry[]): void {

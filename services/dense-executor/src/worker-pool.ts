@@ -81,6 +81,12 @@ export class WorkerPool {
     this.#workers[Math.floor(wave / this.#options.wavesPerWorker)]!.postMessage(step, transfer);
   }
 
+  /** The step of the wave fails soon, or is done if it was about to be. */
+  abort(wave: number, stepId: number): void {
+    const message: ToWorker = { kind: 'abort', waveIndex: this.waveOnWorker(wave), stepId };
+    this.#workers[Math.floor(wave / this.#options.wavesPerWorker)]!.postMessage(message);
+  }
+
   waveOnWorker(wave: number): number {
     return wave % this.#options.wavesPerWorker;
   }

@@ -111,6 +111,8 @@ export class Bench {
   isTakenOver = false;
   /** Steps in flight by wave. */
   readonly steps = new Map<number, StepRequest>();
+  /** What the workers were told to abort. */
+  readonly aborts: { wave: number; stepId: number }[] = [];
 
   constructor(kv: KvCalls, speculation: 'auto' | 'off' = 'off') {
     this.metrics = new ExecutorMetrics(new Registry(), { running: () => 0, waves: () => 0 });
@@ -132,6 +134,7 @@ export class Bench {
     });
     const pool = {
       run: (wave: number, step: StepRequest) => void this.steps.set(wave, step),
+      abort: (wave: number, stepId: number) => void this.aborts.push({ wave, stepId }),
       waveOnWorker: (wave: number) => wave,
       broadcast: () => undefined,
     };

@@ -105,6 +105,7 @@ async function runToTheEnd(each: Case): Promise<void> {
     metrics,
     log,
     onRunnable: () => {},
+    onReleaseWaits: () => {},
     onShardLost: () => {},
   });
   tables.connect(kv, layout);

@@ -188,6 +188,23 @@ describe('a step that fails', () => {
     await expect(failing).rejects.toMatchObject({ code: 'numeric_error', diagnostics: { shardIds: ['b'] } });
   });
 
+  test('because it is aborted ends at once or sends nothing more, and blames no shard; another step goes on', async () => {
+    const step = new Step(['a', 'b']);
+    const answered = step.dispatch(0);
+    step.exchange.abort(6);
+    expect(step.exchange.waitingShardIds).toEqual(['a', 'b']);
+    step.exchange.abort(7);
+    const why = { code: 'unavailable', message: 'the step was aborted', diagnostics: { shardIds: [] } };
+    await expect(answered).rejects.toMatchObject(why);
+
+    step.begin(['a', 'b'], 8);
+    step.exchange.abort(7);
+    await step.layer(0);
+    step.exchange.abort(8);
+    await expect(step.dispatch(1)).rejects.toMatchObject(why);
+    expect(step.sent).toEqual([]);
+  });
+
   test('takes no answer of another step, layer or shard, nor one twice', async () => {
     const step = new Step(['a', 'b']);
     const answered = step.dispatch(0);

@@ -154,7 +154,10 @@ async function stop(): Promise<void> {
 port.on('message', (message: ToWorker) => {
   if (message.kind === 'step') void runStep(message);
   else if (message.kind === 'stop') void stop();
-  else {
+  else if (message.kind === 'abort') {
+    const { waveIndex, stepId } = message;
+    waves[waveIndex]?.exchange.abort(stepId);
+  } else {
     for (const wave of waves) {
       if (wave.exchange.usesShard(message.shardId)) {
         wave.exchange.fail(new LaminaError('shard_lost', `${message.shardId} went away`), [message.shardId]);

@@ -87,11 +87,18 @@ export interface ShardLost {
   readonly shardId: string;
 }
 
+/** The result of a step is of no use any more: it is to fail as soon as the thread gets to it. One that ended is left alone. */
+export interface Abort {
+  readonly kind: 'abort';
+  readonly waveIndex: number;
+  readonly stepId: number;
+}
+
 export interface Stop {
   readonly kind: 'stop';
 }
 
-export type ToWorker = StepRequest | ShardLost | Stop;
+export type ToWorker = StepRequest | ShardLost | Abort | Stop;
 
 /** Milliseconds of one step by cause. */
 export interface StepTimings {

@@ -277,6 +277,11 @@ export class TensorExchange {
     return this.#links.some((link) => link.shardId === shardId);
   }
 
+  /** Fails the step with this id, if it is in flight, with a failure after which the same tokens may run again. */
+  abort(stepId: number): void {
+    if (stepId === this.#stepId) this.fail(new LaminaError('unavailable', 'the step was aborted'), []);
+  }
+
   /** Fails the step in flight; its buffers are dropped. `shardIds` are to blame. */
   fail(error: LaminaError, shardIds: readonly string[]): void {
     const reject = this.#reject ?? this.#onStored?.reject;
