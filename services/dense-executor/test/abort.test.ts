@@ -153,7 +153,7 @@ describe('cancels in a row', () => {
   });
 
   test('abort each step that is for nothing', async () => {
-    await sharing({ first: 300, second: 300 });
+    await sharing({ first: 600, second: 300 });
     bench.executor.cancel('first');
     abortFails(0);
     bench.executor.cancel('second');
