@@ -13,11 +13,13 @@ import {
   type ServiceSettings,
   startCluster,
 } from '@lamina/cli';
-import { EVENTS } from '@lamina/protocol';
+import { ENDPOINTS, EVENTS } from '@lamina/protocol';
 import { processEnvironment, type Service } from '@lamina/runtime';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
 import type { Random } from './random.ts';
+import { Sign } from './sign.ts';
+import { sleep } from './workload.ts';
 
 export interface ChaosClusterOptions {
   /** Directory of JetStream's files; default: a temporary one. */
@@ -38,7 +40,10 @@ const SETTINGS: ServiceSettings = {
   spreadAboveTokens: '32',
   denseWorkers: '1',
   maxRunningRequests: '8',
+  // Any free one, for the gateways too that take the place of others.
+  httpPort: '0',
 };
+const WHOLE_TIMEOUT_MS = 30_000;
 const LOG_LINES = 600;
 /** More than the full disk has: it is the disk that refuses then, not a limit of the server. */
 const MAX_STORE_BYTES = 8 * 1024 ** 3;
@@ -112,45 +117,67 @@ export class ChaosCluster {
     return random.pick(this.cluster.processes(service).filter((child) => child.isRunning));
   }
 
-  /** When some process logs a line with this text: milliseconds from now; undefined if none does within `timeoutMs`. */
-  logged(text: string, timeoutMs = 20_000): Promise<number | undefined> {
-    const startedMs = performance.now();
-    return new Promise((resolve) => {
-      const end = (ms: number | undefined): void => {
-        clearTimeout(timer);
-        this.#watchers.delete(watcher);
-        resolve(ms);
-      };
+  /** That some process logs a line with this text. */
+  logged(text: string): Sign {
+    return new Sign((see) => {
       const watcher = (line: string): void => {
-        if (line.includes(text)) end(performance.now() - startedMs);
+        if (line.includes(text)) see();
       };
-      const timer = setTimeout(() => end(undefined), timeoutMs);
       this.#watchers.add(watcher);
+      return () => this.#watchers.delete(watcher);
     });
   }
 
-  /** When the kv-manager says that a shard is lost: milliseconds from now. */
-  shardLost(timeoutMs = 20_000): Promise<number | undefined> {
-    const startedMs = performance.now();
-    return new Promise((resolve) => {
-      const end = (ms: number | undefined): void => {
-        clearTimeout(timer);
-        subscription.unsubscribe();
-        resolve(ms);
-      };
-      const subscription = this.cluster.bus.onEvent(EVENTS.shardLost, () => end(performance.now() - startedMs));
-      const timer = setTimeout(() => end(undefined), timeoutMs);
+  /** That the kv-manager says that a shard is lost. */
+  shardLost(): Sign {
+    return new Sign((see) => {
+      const subscription = this.cluster.bus.onEvent(EVENTS.shardLost, see);
+      return () => subscription.unsubscribe();
     });
   }
 
-  /** When this process's own connection is cut: milliseconds from now. */
-  disconnected(): Promise<number | undefined> {
-    const startedMs = performance.now();
-    return new Promise((resolve) => {
+  /** That this process's own connection is cut. */
+  disconnected(): Sign {
+    return new Sign((see) => {
       this.cluster.bus.onStatus((type) => {
-        if (type === 'disconnect') resolve(performance.now() - startedMs);
+        if (type === 'disconnect') see();
       });
     });
+  }
+
+  /** Services of which not as many processes run as were started. */
+  incomplete(): string[] {
+    return LAYOUT.flatMap(([service, number]) => {
+      const running = this.cluster.processes(service).filter((child) => child.isRunning).length;
+      return running === number ? [] : [`${running} of ${number} ${service} run`];
+    });
+  }
+
+  /**
+   * Resolves when everything runs and every shard that runs, and no other, has blocks to give.
+   * @throws Error when that is not so in time: then something did not come back from a fault.
+   */
+  async whole(): Promise<void> {
+    const deadlineMs = performance.now() + WHOLE_TIMEOUT_MS;
+    for (;;) {
+      const problems = [...this.incomplete(), ...(await this.#unregistered())];
+      if (problems.length === 0) return;
+      if (performance.now() > deadlineMs) throw new Error(`the cluster did not come back: ${problems.join(', ')}`);
+      await sleep(100);
+    }
+  }
+
+  async #unregistered(): Promise<string[]> {
+    const status = this.cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 1_000 });
+    const problem = status.then(
+      ({ shards, executors }) => {
+        const numShards = shards.filter(({ numBlocks }) => numBlocks > 0).length;
+        const isWhole = numShards === numberOf('attention-shard') && executors.length === numberOf('dense-executor');
+        return isWhole ? [] : [`the kv-manager has ${numShards} shards and ${executors.length} executors`];
+      },
+      (cause: unknown) => [String(cause)],
+    );
+    return problem;
   }
 
   killNats(): Promise<void> {
@@ -173,9 +200,13 @@ export class ChaosCluster {
   async startAll(): Promise<void> {
     await this.startNats();
     // A shard counts as added when the kv-manager gives it blocks, and that needs an executor.
-    for (const [service, number] of LAYOUT)
-      if (service !== 'attention-shard') for (let count = 0; count < number; count++) await this.cluster.add(service);
-    for (let count = 0; count < numberOf('attention-shard'); count++) await this.cluster.add('attention-shard');
+    await Promise.all([this.#add('kv-manager'), this.#add('dense-executor'), this.#add('gateway')]);
+    await this.#add('attention-shard');
+  }
+
+  /** As many processes of a service as belong to the cluster. */
+  async #add(service: Service): Promise<void> {
+    await Promise.all(Array.from({ length: numberOf(service) }, () => this.cluster.add(service)));
   }
 
   async stop(): Promise<void> {

@@ -5,10 +5,13 @@
  * Invariants
  * 1. A client trusts only what the server confirmed: it submits again under the same id until it has a PubAck, and reads
  *    the answer from the stream, so what it misses while nats-server is away is still there.
- * 2. A token is counted by what is stored: an index twice is doubled, a missing one or a missing end is lost.
+ * 2. A client asks again for what could not be read just now, as long as it waits for the answer at all.
+ * 3. A run leaves no client behind: when one fails, or the run is given up, the others end too before it settles.
+ * 4. A token is counted by what is stored: an index twice is doubled, a missing one or a missing end is lost.
  */
-import { type Bus, ensureStreams, TokenStream } from '@lamina/bus';
+import { type Bus, ensureStreams, type Subscription, TokenStream } from '@lamina/bus';
 import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
+import { LaminaError } from '@lamina/tensor';
 import type { Random } from './random.ts';
 
 export interface ChaosRequest {
@@ -31,6 +34,9 @@ export interface Outcome {
 
 const POLL_MS = 50;
 const STREAM_POLL_MS = 2_000;
+const RETRY_MS = 100;
+const READ_ATTEMPT_MS = 5_000;
+/** After the time of the answer itself. */
 const READ_TIMEOUT_MS = 15_000;
 /** An answer that takes longer counts as lost. */
 const ANSWER_TIMEOUT_MS = 120_000;
@@ -58,6 +64,7 @@ export class Workload {
   /** Waits for the next token of every request that runs at a moment. */
   readonly #watches = new Set<{ startedMs: number; pending: Set<string>; delaysMs: number[] }>();
   readonly #expected: Answers;
+  #isGivenUp = false;
 
   private constructor(bus: Bus, requests: readonly ChaosRequest[], expected: Answers) {
     this.#bus = bus;
@@ -117,10 +124,15 @@ export class Workload {
     this.#watches.add(watch);
     return async () => {
       const deadlineMs = performance.now() + RESUME_TIMEOUT_MS;
-      while (watch.pending.size > 0 && performance.now() < deadlineMs) await sleep(POLL_MS);
+      while (watch.pending.size > 0 && !this.#isGivenUp && performance.now() < deadlineMs) await sleep(POLL_MS);
       this.#watches.delete(watch);
       return watch.delaysMs;
     };
+  }
+
+  /** Ends every client at its next step: for a run whose outcome nobody needs. */
+  giveUp(): void {
+    this.#isGivenUp = true;
   }
 
   #noteToken(id: string, isLast: boolean): void {
@@ -139,7 +151,7 @@ export class Workload {
     const answers: TokenMessage[][] = [];
     let next = 0;
     const client = async (): Promise<void> => {
-      while (next < this.#requests.length || (next < atMost && !isOver())) {
+      while (!this.#isGivenUp && (next < this.#requests.length || (next < atMost && !isOver()))) {
         const index = next++;
         answers[index] = await this.#answer(
           `${name.replaceAll(/\W+/g, '-')}-${index}`,
@@ -147,7 +159,15 @@ export class Workload {
         );
       }
     };
-    await Promise.all(Array.from({ length: concurrency }, client));
+    const clients = Array.from({ length: concurrency }, async () => {
+      try {
+        await client();
+      } catch (cause) {
+        this.giveUp();
+        throw cause;
+      }
+    });
+    for (const ended of await Promise.allSettled(clients)) if (ended.status === 'rejected') throw ended.reason;
     return answers;
   }
 
@@ -164,14 +184,15 @@ export class Workload {
         this.#noteToken(id, isEnded);
       }
     });
+    const isWaiting = (): boolean => !this.#isGivenUp && performance.now() < deadlineMs;
     try {
-      while (!(await this.#submitted(id, data)) && performance.now() < deadlineMs) await sleep(100);
+      while (isWaiting() && !(await this.#submitted(id, data))) await sleep(RETRY_MS);
       // What is heard live may miss a message while the connection is away, so now and then the stream is asked.
-      for (let waitedMs = POLL_MS; !isEnded && performance.now() < deadlineMs; waitedMs += POLL_MS) {
+      for (let waitedMs = POLL_MS; !isEnded && isWaiting(); waitedMs += POLL_MS) {
         await sleep(POLL_MS);
         if (waitedMs % STREAM_POLL_MS === 0) isEnded = await this.#isStored(id);
       }
-      return await this.#stored(id);
+      return await this.#read(id, deadlineMs + READ_TIMEOUT_MS);
     } finally {
       following.unsubscribe();
       this.#running.delete(id);
@@ -183,23 +204,47 @@ export class Workload {
     return end?.isComplete === true;
   }
 
+  /** What is stored, read again until it can be: the server may be away at this moment. */
+  async #read(id: string, deadlineMs: number): Promise<TokenMessage[]> {
+    for (;;) {
+      try {
+        return await this.#stored(id);
+      } catch (cause) {
+        const mayRetry = cause instanceof LaminaError && cause.retryable && performance.now() < deadlineMs;
+        if (this.#isGivenUp) return [];
+        if (!mayRetry) throw cause;
+        await sleep(RETRY_MS);
+      }
+    }
+  }
+
   /** All that is stored of an answer, tokens that were stored twice included. */
   async #stored(id: string): Promise<TokenMessage[]> {
     const end = await this.#stream.endOf(id);
     const tokens: TokenMessage[] = [];
     if (end === undefined) return tokens;
-    await new Promise<void>((resolve, reject) => {
-      const tooLate = setTimeout(() => reject(new Error(`the answer of ${id} cannot be read`)), READ_TIMEOUT_MS);
-      const take = (message: Uint8Array, _isFinal: boolean, sequence: number): void => {
-        tokens.push(...decodeTokens(message));
-        if (sequence < end.sequence) return;
-        clearTimeout(tooLate);
-        void replay.then((subscription) => subscription.unsubscribe());
-        resolve();
-      };
-      const replay = this.#stream.replay(id, take);
-      replay.catch(reject);
-    });
+    const unreadable = (cause?: unknown): LaminaError =>
+      new LaminaError('unavailable', `the answer of ${id} cannot be read`, { cause });
+    let timer: NodeJS.Timeout | undefined;
+    let replay: Promise<Subscription> | undefined;
+    try {
+      await new Promise<void>((resolve, reject) => {
+        timer = setTimeout(() => reject(unreadable()), READ_ATTEMPT_MS);
+        const take = (message: Uint8Array, _isFinal: boolean, sequence: number): void => {
+          if (sequence <= end.sequence) tokens.push(...decodeTokens(message));
+          if (sequence >= end.sequence) resolve();
+        };
+        replay = this.#stream.replay(id, take);
+        replay.catch((cause: unknown) => reject(unreadable(cause)));
+      });
+    } finally {
+      clearTimeout(timer);
+      // It may begin only now.
+      void replay?.then(
+        (subscription) => subscription.unsubscribe(),
+        () => undefined,
+      );
+    }
     return tokens;
   }
 

@@ -82,7 +82,7 @@ test('long requests of an executor go on at another long before the queue would 
   const outcome = workload.run('hand over', longRequests.length, () => true);
   while (workload.numRunning < longRequests.length) await sleep(20);
   const [old] = running('dense-executor');
-  const takenUp = tested.logged('taking a request up', 5_000);
+  const takenUp = tested.logged('taking a request up').within(5_000);
   const stopped = stop(old!);
   const takenUpMs = await takenUp;
   const resumedMs = await workload.watch()();

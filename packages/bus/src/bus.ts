@@ -75,6 +75,8 @@ export interface BusEvents {
 /** Status of the server's answer to a request on a subject without listeners. */
 const NO_RESPONDERS_STATUS = 503;
 
+const DRAIN_TIMEOUT_MS = 2_000;
+
 /** No caller's inbox: what the server or a service listens to. */
 const SYSTEM_SUBJECT = /^(\$|lamina\.)/;
 
@@ -393,9 +395,19 @@ export class Bus {
     await this.#connection.flush();
   }
 
-  /** Sends what is buffered, then closes. */
+  /** Sends what is buffered, then closes; a server that is away or does not answer is not waited for longer than 2 s. */
   async close(): Promise<void> {
     if (this.#connection.isClosed()) return;
-    await this.#connection.drain();
+    let timer: NodeJS.Timeout | undefined;
+    const tooLate = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, DRAIN_TIMEOUT_MS);
+    });
+    try {
+      await Promise.race([this.#connection.drain(), tooLate]);
+    } finally {
+      clearTimeout(timer);
+      // A drain that failed leaves the connection open, and trying for ever.
+      await this.#connection.close();
+    }
   }
 }

@@ -32,13 +32,15 @@ export interface NatsServer {
   readonly url: string;
   readonly port: number;
   readonly pid: number | undefined;
-  /** Stops the server and waits until it is gone. */
+  /** Stops the server, killing one that does not end in time, and waits until it is gone. */
   stop(): Promise<void>;
   /** Ends it as a crash does; its store stays if `storeDir` was given. */
   kill(): Promise<void>;
 }
 
 const START_TIMEOUT_MS = 10_000;
+/** A server whose disk is full may not end on SIGTERM at all (seen with 2.9.10). */
+const STOP_GRACE_MS = 5_000;
 
 /** @throws LaminaError `nats_unreachable` when the server does not start. */
 export async function startNatsServer(options: NatsServerOptions = {}): Promise<NatsServer> {
@@ -75,7 +77,9 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
       if (child.exitCode === null && child.signalCode === null) {
         const exited = once(child, 'exit');
         child.kill(signal);
+        const timer = setTimeout(() => child.kill('SIGKILL'), STOP_GRACE_MS);
         await exited;
+        clearTimeout(timer);
       }
       rmSync(workDir, { recursive: true, force: true });
     };

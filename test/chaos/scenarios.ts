@@ -1,0 +1,174 @@
+/**
+ * Owns the kinds of fault: what is done to which cluster, how it is made good, and by what it shows that it was noticed.
+ * A scenario is one row of the table, and one row of the report.
+ */
+import type { Service } from '@lamina/runtime';
+import type { ChaosCluster } from './chaos-cluster.ts';
+import { type ClusterKind, diskOf } from './clusters.ts';
+import { canPartition, IsolatedShard } from './isolated-shard.ts';
+import type { Random } from './random.ts';
+import type { Sign } from './sign.ts';
+import { canMount, emptyDisk, fillDisk } from './small-disk.ts';
+import { type Harm, TensorProxy } from './tensor-proxy.ts';
+import { sleep } from './workload.ts';
+
+export interface Fault {
+  /** Makes it, and makes it good. */
+  act(random: Random): Promise<void>;
+  /** By what the cluster shows that it has noticed; absent where that cannot be seen. */
+  readonly sign?: (() => Sign) | undefined;
+  /** What is wrong afterwards, besides answers. */
+  problems?(): string[];
+  /** Removes what was made for it; the cluster goes on. */
+  cleanUp?(): Promise<void>;
+}
+
+export interface Scenario {
+  readonly name: string;
+  /** How often it happens in the short form and in the long one. */
+  readonly numFaults: readonly [short: number, long: number];
+  readonly cluster: ClusterKind;
+  readonly isPossible: boolean;
+  readonly prepare: (tested: ChaosCluster, random: Random, isLong: boolean) => Fault | Promise<Fault>;
+}
+
+const KILLS = [3, 20] as const;
+const STALLS = [1, 10] as const;
+const STALL_MS = 10_000;
+const DISK_FULL_MS = 5_000;
+const HARM_RATE = 0.002;
+
+/** By what each service's absence shows; nobody says a word about a gateway. */
+const SIGNS: Readonly<Partial<Record<Service, (tested: ChaosCluster) => Sign>>> = {
+  'attention-shard': (tested) => tested.shardLost(),
+  'dense-executor': (tested) => tested.logged('taking a request up'),
+  'kv-manager': (tested) => tested.logged('no kv-manager answers'),
+};
+const SERVICES = ['attention-shard', 'dense-executor', 'kv-manager', 'gateway'] as const satisfies readonly Service[];
+
+const signOf = (tested: ChaosCluster, service: Service): Fault['sign'] => {
+  const sign = SIGNS[service];
+  return sign === undefined ? undefined : () => sign(tested);
+};
+
+/** One process of each of these services dies, and another starts a moment later. */
+function killed(services: readonly Service[], name: string, numFaults: Scenario['numFaults']): Scenario {
+  return onPlain(name, numFaults, (tested) => ({
+    sign: signOf(tested, services[0]!),
+    act: async (random) => {
+      for (const service of services) tested.victim(service, random).kill('SIGKILL');
+      await sleep(random.between(0, 800));
+      await Promise.all(services.map((service) => tested.cluster.add(service)));
+    },
+  }));
+}
+
+function stopped(service: Service): Scenario {
+  return onPlain(`stop ${service}`, STALLS, (tested) => ({
+    sign: signOf(tested, service),
+    act: async (random) => {
+      const victim = tested.victim(service, random);
+      victim.kill('SIGSTOP');
+      await sleep(STALL_MS);
+      victim.kill('SIGCONT');
+    },
+  }));
+}
+
+/** Messages of two of the three shards are harmed on their way. */
+function tensors(name: string, harms: readonly Harm[]): Scenario {
+  const prepare: Scenario['prepare'] = async (tested, random, isLong) => {
+    const proxy = await TensorProxy.start({ serverPort: tested.natsPort, random, harms, rate: HARM_RATE });
+    const { cluster } = tested;
+    const replaceShards = async (settings: { natsUrl?: string }): Promise<void> => {
+      const old = cluster.processes('attention-shard').filter((shard) => shard.isRunning);
+      await Promise.all(old.slice(1).map((shard) => shard.stop(5_000)));
+      await Promise.all(old.slice(1).map(() => cluster.add('attention-shard', settings)));
+    };
+    await replaceShards({ natsUrl: proxy.url });
+    return {
+      act: async () => {
+        proxy.isHarming = true;
+        await sleep(isLong ? 60_000 : 10_000);
+        proxy.isHarming = false;
+      },
+      problems: () => {
+        console.log(`harmed: ${JSON.stringify(proxy.numHarmed)}`);
+        return harms.filter((harm) => proxy.numHarmed[harm] === 0).map((harm) => `no ${harm}`);
+      },
+      cleanUp: async () => {
+        // The direct one is the first that runs, so these two are the ones behind the proxy.
+        await replaceShards({});
+        await proxy.stop();
+      },
+    };
+  };
+  return { name: `tensors ${name}`, numFaults: [1, 1], cluster: 'checked', isPossible: true, prepare };
+}
+
+function onPlain(name: string, numFaults: Scenario['numFaults'], prepare: Scenario['prepare']): Scenario {
+  return { name, numFaults, cluster: 'plain', isPossible: true, prepare };
+}
+
+export const SCENARIOS: readonly Scenario[] = [
+  ...SERVICES.map((service) => killed([service], `kill ${service}`, KILLS)),
+  onPlain('kill nats-server', KILLS, (tested) => ({
+    sign: () => tested.disconnected(),
+    act: async (random) => {
+      await tested.killNats();
+      await sleep(random.between(0, 1_500));
+      await tested.startNats();
+    },
+  })),
+  killed(['kv-manager', 'dense-executor'], 'kill kv-manager and dense-executor', [1, 10]),
+  onPlain('kill everything', [1, 5], (tested) => ({
+    act: async (random) => {
+      await tested.killAll();
+      await sleep(random.between(0, 500));
+      await tested.startAll();
+    },
+  })),
+  onPlain('kill every attention-shard', [1, 5], (tested) => ({
+    sign: () => tested.shardLost(),
+    act: async (random) => {
+      const shards = tested.cluster.processes('attention-shard').filter((shard) => shard.isRunning);
+      for (const shard of shards) shard.kill('SIGKILL');
+      await sleep(random.between(500, 2_000));
+      await Promise.all(shards.map(() => tested.cluster.add('attention-shard')));
+    },
+  })),
+  ...SERVICES.map(stopped),
+  {
+    ...onPlain('partition of an attention-shard', STALLS, async (tested) => {
+      const shard = await IsolatedShard.start(tested.cluster, tested.natsPort);
+      return {
+        sign: () => tested.shardLost(),
+        act: async () => {
+          shard.cut();
+          await sleep(STALL_MS);
+          shard.heal();
+        },
+        cleanUp: () => shard.stop(),
+      };
+    }),
+    isPossible: canPartition(),
+  },
+  tensors('delayed, duplicated and reordered', ['delay', 'duplicate', 'reorder']),
+  tensors('corrupted', ['corrupt']),
+  {
+    name: 'disk full',
+    numFaults: STALLS,
+    cluster: 'small disk',
+    isPossible: canMount(),
+    prepare: (tested) => ({
+      act: async () => {
+        fillDisk(diskOf(tested));
+        await sleep(DISK_FULL_MS);
+        emptyDisk(diskOf(tested));
+        // nats-server gives JetStream up on a full disk, and takes it on again only when it is started again.
+        await tested.killNats();
+        await tested.startNats();
+      },
+    }),
+  },
+];
