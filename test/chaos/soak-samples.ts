@@ -2,8 +2,9 @@
  * Owns what a soak measures: memory and file descriptors of every process, size of the JetStream store, event-loop delay.
  *
  * Invariants
- * 1. A process is judged if it lived through the whole run; one that was killed, or took the place of another, is not.
- * 2. Samples of the warm-up are kept and do not count.
+ * 1. Every process that runs at some sample is followed from then on, those included that are killed or take the place of
+ *    others: what a service does in its first minutes is judged on them.
+ * 2. Samples of a process's warm-up are kept and do not count; the warm-up of one that starts during the run is its own.
  */
 import { readdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
@@ -13,6 +14,10 @@ import type { ChaosCluster } from './chaos-cluster.ts';
 
 const SERVICES: readonly Service[] = ['gateway', 'kv-manager', 'dense-executor', 'attention-shard'];
 const SCRAPE_TIMEOUT_MS = 5_000;
+/** A process that starts later only loads its model: the machine is warm. */
+const LATE_WARM_UP_MS = 30_000;
+/** One sample is no judgement. */
+const MIN_SAMPLES = 3;
 const DELAY_LINE = /^lamina_event_loop_delay_seconds\{(.*)\} (\S+)$/gm;
 
 interface Sample {
@@ -27,6 +32,8 @@ interface Sample {
 export interface ProcessRow {
   readonly name: string;
   readonly numSamples: number;
+  /** From the first of these samples to the last. */
+  readonly spanMs: number;
   readonly residentMiB: { readonly first: number; readonly last: number };
   /** The line of least squares through the samples: what it rises over their time, in percent of its start. */
   readonly growthPercent: number;
@@ -38,25 +45,30 @@ export interface ProcessRow {
 export class Samples {
   readonly #tested: ChaosCluster;
   readonly #startedMs = performance.now();
-  readonly #byName = new Map<string, { pid: number; samples: Sample[] }>();
+  readonly #byPid = new Map<number, { readonly name: string; readonly samples: Sample[] }>();
   readonly #storeBytes: number[] = [];
 
-  /** Follows the processes that run now. */
   constructor(tested: ChaosCluster) {
     this.#tested = tested;
-    const children = SERVICES.flatMap((service) => tested.cluster.processes(service));
-    for (const { name, pid } of children) if (pid !== undefined) this.#byName.set(name, { pid, samples: [] });
-    if (tested.natsPid !== undefined) this.#byName.set('nats-server', { pid: tested.natsPid, samples: [] });
+  }
+
+  /** Every process that runs now, by process id. */
+  #running(): Map<number, string> {
+    const { cluster, natsPid } = this.#tested;
+    const children = SERVICES.flatMap((service) => cluster.processes(service)).filter((child) => child.isRunning);
+    const named = children.flatMap(({ name, pid }): [number, string][] => (pid === undefined ? [] : [[pid, name]]));
+    return new Map(natsPid === undefined ? named : [...named, [natsPid, 'nats-server']]);
   }
 
   async take(): Promise<void> {
     const delays = await this.#loopDelays();
     const atMs = performance.now() - this.#startedMs;
-    for (const { pid, samples } of this.#byName.values()) {
-      const residentBytes = residentBytesOf(pid);
-      if (residentBytes === undefined) continue;
-      const numFiles = readdirSync(`/proc/${pid}/fd`).length;
-      samples.push({ atMs, residentBytes, numFiles, loopDelayMs: delays.get(pid) });
+    for (const [pid, name] of this.#running()) {
+      const measured = measure(pid);
+      if (measured === undefined) continue;
+      const followed = this.#byPid.get(pid) ?? { name, samples: [] };
+      this.#byPid.set(pid, followed);
+      followed.samples.push({ atMs, ...measured, loopDelayMs: delays.get(pid) });
     }
     this.#storeBytes.push(bytesUnder(this.#tested.storeDir));
   }
@@ -78,18 +90,22 @@ export class Samples {
     return delays;
   }
 
-  /** In the order of their start; without those that ended. */
+  /** In the order of their start; without those that ended before they had samples that count. */
   rows(warmUpMs: number): ProcessRow[] {
-    return [...this.#byName].flatMap(([name, { pid, samples }]) => {
-      const counted = samples.filter(({ atMs }) => atMs >= warmUpMs);
+    const firstMs = Math.min(...[...this.#byPid.values()].map(({ samples }) => samples[0]!.atMs));
+    return [...this.#byPid.values()].flatMap(({ name, samples }) => {
+      const startMs = samples[0]!.atMs;
+      const fromMs = startMs === firstMs ? warmUpMs : Math.max(warmUpMs, startMs + LATE_WARM_UP_MS);
+      const counted = samples.filter(({ atMs }) => atMs >= fromMs);
       const [first, last] = [counted[0], counted.at(-1)];
-      if (residentBytesOf(pid) === undefined || first === undefined || last === undefined) return [];
+      if (first === undefined || last === undefined || counted.length < MIN_SAMPLES) return [];
       const delays = counted.flatMap(({ loopDelayMs }) => (loopDelayMs === undefined ? [] : [loopDelayMs]));
       delays.sort((a, b) => a - b);
       return [
         {
           name,
           numSamples: counted.length,
+          spanMs: last.atMs - first.atMs,
           residentMiB: { first: mebibytes(first.residentBytes), last: mebibytes(last.residentBytes) },
           growthPercent: growthPercent(counted),
           numFiles: { first: first.numFiles, last: last.numFiles },
@@ -123,10 +139,11 @@ function growthPercent(samples: readonly Sample[]): number {
 }
 
 /** Undefined when the process is gone. */
-function residentBytesOf(pid: number): number | undefined {
+function measure(pid: number): Pick<Sample, 'residentBytes' | 'numFiles'> | undefined {
   try {
     const kilobytes = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
-    return kilobytes === undefined ? undefined : Number(kilobytes) * 1024;
+    const numFiles = readdirSync(`/proc/${pid}/fd`).length;
+    return kilobytes === undefined ? undefined : { residentBytes: Number(kilobytes) * 1024, numFiles };
   } catch {
     return undefined;
   }

@@ -601,6 +601,22 @@ async function freePort(): Promise<number> {
   return Number(port);
 }
 
+test.each(['SIGKILL', 'SIGSTOP'] as const)(
+  'a connection closes soon after its server had %s',
+  async (signal) => {
+    const silent = await startNatsServer();
+    const bus = await connect(silent.url);
+    bus.subscribe('anything', () => undefined);
+    process.kill(silent.pid!, signal);
+    const startedMs = performance.now();
+    await bus.close();
+    expect([bus.isClosed, performance.now() - startedMs < 4_000]).toEqual([true, true]);
+    // A server that does not listen to SIGTERM ends too.
+    await silent.stop();
+  },
+  20_000,
+);
+
 describe('the server', () => {
   test('streams are bounded, and many services may make them at once', async () => {
     const manager = await client.connection.jetstreamManager();
