@@ -1,6 +1,6 @@
 /**
  * Owns the command line of the chaos run: `npm run chaos -- [--long] [--seed N] [--json FILE] [--only TEXT]`.
- * What follows `--only` is matched against the names of the scenarios.
+ * What follows `--only` is a regular expression over the names of the scenarios; a FILE that exists keeps its rows of others.
  */
 import { parseArgs } from 'node:util';
 
