@@ -22,6 +22,7 @@ import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { connect as connectRaw } from 'nats';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { connect, eventually } from './in-process.ts';
+import { store } from './store-answer.ts';
 
 const TIMEOUT = { timeoutMs: 2000 };
 /** Shortest wait that a pull consumer takes. */
@@ -323,9 +324,11 @@ function workItem(id: string, overrides: Partial<WorkItem> = {}): WorkItem {
   };
 }
 
-async function purge(bus: Bus): Promise<void> {
+/** Nobody may purge them. */
+async function renewStreams(bus: Bus): Promise<void> {
   const manager = await bus.connection.jetstreamManager();
-  for (const { name } of Object.values(STREAMS)) await manager.streams.purge(name);
+  for (const { name } of Object.values(STREAMS)) await manager.streams.delete(name).catch(() => false);
+  await ensureStreams(bus);
 }
 
 async function numQueued(bus: Bus): Promise<number> {
@@ -339,8 +342,7 @@ describe('the work queue', () => {
   let unreadable: LaminaError[];
 
   beforeEach(async () => {
-    await ensureStreams(client);
-    await purge(client);
+    await renewStreams(client);
     gateway = new WorkQueue(client);
     executor = new WorkQueue(server);
     unreadable = [];
@@ -468,10 +470,14 @@ describe('the work queue', () => {
     (await leased()).complete();
   });
 
-  test('an item can be removed while it waits, once', async () => {
-    const sequence = await gateway.submit(workItem('removed'));
-    expect([await gateway.remove(sequence), await gateway.remove(sequence)]).toEqual([true, false]);
-    expect(await lease(LEASE_MS)).toBeUndefined();
+  test('an item is there from its submission to its completion, leased or not', async () => {
+    expect(await gateway.has('there')).toBe(false);
+    await gateway.submit(workItem('there'));
+    expect(await gateway.has('there')).toBe(true);
+    const work = await leased();
+    expect(await gateway.has('there')).toBe(true);
+    work.complete();
+    await eventually(async () => ((await gateway.has('there')) ? undefined : true));
   });
 
   test('without the stream a prompt is not taken', async () => {
@@ -493,8 +499,7 @@ describe('the token stream', () => {
 
   beforeEach(async () => {
     failures = [];
-    await ensureStreams(client);
-    await purge(client);
+    await renewStreams(client);
     writer = new TokenStream(server, (error) => failures.push(error));
     reader = new TokenStream(client, (error) => failures.push(error));
   });
@@ -521,10 +526,10 @@ describe('the token stream', () => {
   test('a reader that comes late, in the middle or early gets every token once, in order, and the end', async () => {
     const early = await replay('answer');
     const ANSWER = [token('answer', 0), token('answer', 1), token('answer', 2), token('answer', 3, 'stop')];
-    expect(await writer.publish(ANSWER.slice(0, 1), 'json')).toBe(true);
+    expect(await store(writer, ANSWER.slice(0, 1))).toBeGreaterThan(0);
     const middle = await replay('answer');
-    await writer.publish(ANSWER.slice(1, 3), 'msgpack');
-    await writer.publish(ANSWER.slice(3), 'json');
+    await store(writer, ANSWER.slice(1, 3), 'msgpack');
+    await store(writer, ANSWER.slice(3));
     const late = await replay('answer');
     for (const reading of [early, middle, late]) {
       await complete(reading);
@@ -541,9 +546,18 @@ describe('the token stream', () => {
       followed.push(...decodeTokens(data).map(({ index }) => index)),
     );
     await client.flush();
-    for (const index of [0, 1, 0, 1, 2]) expect(await writer.publish([token('again', index)], 'json')).toBe(true);
-    await new TokenStream(client, () => undefined).publish([token('again', 2)], 'json');
-    await writer.publish([token('again', 3, 'length')], 'json');
+    const other = new TokenStream(client, () => undefined);
+    let last = 0;
+    for (const index of [0, 1, 2]) {
+      const stored = await writer.append([token('again', index)], 'json', last);
+      for (const stream of [writer, other])
+        expect(await stream.append([token('again', index)], 'json', last)).toBe(stored);
+      last = stored!;
+    }
+    await expect(other.append([token('again', 2), token('again', 3)], 'json', 0)).rejects.toMatchObject({
+      code: 'duplicate_id',
+    });
+    await store(writer, [token('again', 3, 'length')]);
     const reading = await replay('again');
     await complete(reading);
     expect(reading.messages.map(({ index }) => index)).toEqual([0, 1, 2, 3]);
@@ -553,7 +567,7 @@ describe('the token stream', () => {
   });
 
   test('answers do not mix, though their ids begin alike', async () => {
-    await Promise.all(['x', 'x-1', 'x1'].map((id) => writer.publish([token(id, 0, 'stop')], 'json')));
+    await Promise.all(['x', 'x-1', 'x1'].map((id) => store(writer, [token(id, 0, 'stop')])));
     const reading = await replay('x');
     await complete(reading);
     expect(reading.messages.map(({ id }) => id)).toEqual(['x']);
@@ -572,20 +586,73 @@ describe('the token stream', () => {
       callback: (_, message) => seen.push(`${message.subject} ${message.headers?.get('Lamina-Final') ?? ''}`),
     });
     await raw.flush();
-    await writer.publish([token('plain', 0)], 'json');
-    await writer.publish([token('plain', 1), token('plain', 2, 'cancelled')], 'json');
+    await store(writer, [token('plain', 0)]);
+    await store(writer, [token('plain', 1), token('plain', 2, 'cancelled')]);
     await eventually(() => (seen.length === 2 ? true : undefined));
     expect(seen).toEqual(['lamina.v1.tokens.plain ', 'lamina.v1.tokens.plain true']);
     await raw.close();
   });
 
-  test('nothing to publish is nothing; what can never be stored is reported and refused', async () => {
-    expect(await writer.publish([], 'json')).toBe(true);
+  test('messages of others on the subject of an answer are no part of it, wherever they stand', async () => {
+    const intrude = async (): Promise<void> => {
+      client.publish(SUBJECTS.tokens('mixed'), Buffer.from('{"stream":"LAMINA_PROMPTS","seq":3}'));
+      await client.flush();
+    };
+    const followed: TokenMessage[] = [];
+    const following = reader.follow('mixed', ({ data }) => followed.push(...decodeTokens(data)));
+    const early = await replay('mixed');
+    await client.flush();
+    await intrude();
+    expect(await reader.endOf('mixed')).toBeUndefined();
+    expect(await reader.stored('mixed')).toEqual({ tokens: [], lastSequence: 0 });
+    const first = await writer.append([token('mixed', 0)], 'json', 0);
+    await intrude();
+    expect(await reader.endOf('mixed')).toMatchObject({ sequence: first, isComplete: false });
+    const second = await writer.append([token('mixed', 1)], 'json', first!);
+    await intrude();
+    // Its confirmation was lost: it is stored, though it is not the last message on the subject.
+    const again = await writer.append([token('mixed', 1)], 'json', first!);
+    await expect(writer.append([token('mixed', 2)], 'json', first!)).rejects.toMatchObject({ code: 'duplicate_id' });
+    expect(again).toBeGreaterThan(second!);
+    const end = await writer.append([token('mixed', 2, 'stop')], 'json', again!);
+    await intrude();
+    expect(await reader.endOf('mixed')).toMatchObject({ sequence: end, isComplete: true });
+    const late = await replay('mixed');
+    for (const reading of [early, late]) {
+      await complete(reading);
+      expect(reading.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
+      reading.stop();
+    }
+    expect((await reader.stored('mixed')).tokens).toHaveLength(3);
+    // Who follows sees what the stream refused, too.
+    expect(new Set(followed.map(({ index }) => index))).toEqual(new Set([0, 1, 2]));
+    following.unsubscribe();
+    expect(failures).toEqual([]);
+  });
+
+  test('an answer whose beginning the stream has discarded is stored again by whoever starts anew', async () => {
+    const first = await writer.append([token('gone', 0)], 'json', 0);
+    const manager = await client.connection.jetstreamManager();
+    const { config } = await manager.streams.info(STREAMS.tokens.name);
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: 1 });
+    await store(writer, [token('other', 0)]);
+    expect(await reader.endOf('gone')).toBeUndefined();
+    // Within the time for which the server remembers the ids of messages.
+    await expect(writer.append([token('gone', 1)], 'json', first!)).rejects.toMatchObject({ code: 'duplicate_id' });
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: -1 });
+    const { tokens, lastSequence } = await reader.stored('gone');
+    expect(tokens).toEqual([]);
+    const again = await writer.append([token('gone', 0)], 'json', lastSequence);
+    await writer.append([token('gone', 1, 'stop')], 'json', again!);
+    expect((await reader.stored('gone')).tokens.map(({ index }) => index)).toEqual([0, 1]);
+  });
+
+  test('what can never be stored is reported and refused', async () => {
     const large = { ...token('large', 0), text: 'x'.repeat(server.maxPayloadBytes) };
-    await expect(writer.publish([large], 'json')).rejects.toMatchObject({ code: 'invalid_request' });
+    await expect(store(writer, [large])).rejects.toMatchObject({ code: 'invalid_request' });
     const manager = await client.connection.jetstreamManager();
     await manager.streams.delete(STREAMS.tokens.name);
-    await expect(writer.publish([token('lost', 0)], 'json')).rejects.toMatchObject({ code: 'unavailable' });
+    await expect(writer.append([token('lost', 0)], 'json', 0)).rejects.toMatchObject({ code: 'unavailable' });
     expect(failures).toHaveLength(2);
     await expect(reader.endOf('lost')).rejects.toMatchObject({ code: 'unavailable' });
     await ensureStreams(client);
@@ -627,6 +694,21 @@ describe('the server', () => {
       expect(Math.max(config.max_msgs, config.max_bytes)).toBeGreaterThan(0);
       expect(config.storage).toBe('file');
     }
+  });
+
+  test('nobody purges a stream or deletes a message, also where the stream was made without that', async () => {
+    const manager = await client.connection.jetstreamManager();
+    for (const { name } of Object.values(STREAMS)) await manager.streams.delete(name).catch(() => false);
+    await manager.streams.add({ name: STREAMS.tokens.name, subjects: [...STREAMS.tokens.subjects] });
+    const tokens = new TokenStream(client, () => undefined);
+    const sequence = await store(tokens, [token('kept', 0)]);
+    await ensureStreams(client);
+    for (const { name } of Object.values(STREAMS)) {
+      await expect(manager.streams.purge(name)).rejects.toThrow(/purge not permitted/);
+      await expect(manager.streams.deleteMessage(name, 1)).rejects.toThrow(/delete not permitted/);
+      await expect(manager.streams.update(name, { deny_purge: false })).rejects.toThrow(/can not cancel deny purge/);
+    }
+    expect((await tokens.endOf('kept'))?.sequence).toBe(sequence);
   });
 
   test('without JetStream it is nats_unreachable, with what to do', async () => {
@@ -674,7 +756,7 @@ describe('the server', () => {
       await queue.submit(workItem('kept-1'));
       await queue.submit(workItem('kept-2'));
       const held = await queue.lease(LEASE_MS, () => undefined);
-      await tokens.publish([token('kept-1', 0)], 'json');
+      await store(tokens, [token('kept-1', 0)]);
 
       await first.stop();
       await eventually(() => (changes.includes('disconnect') ? true : undefined));
@@ -691,8 +773,9 @@ describe('the server', () => {
       expect([next?.item.id, next?.deliveryCount]).toEqual(['kept-2', 1]);
       next!.complete();
       await eventually(async () => ((await numQueued(bus)) === 0 ? true : undefined));
-      expect(await tokens.publish([token('kept-1', 0)], 'json')).toBe(true);
-      expect(await tokens.publish([token('kept-1', 1, 'stop')], 'json')).toBe(true);
+      const { lastSequence } = await tokens.stored('kept-1');
+      expect(await tokens.append([token('kept-1', 0)], 'json', 0)).toBe(lastSequence);
+      expect(await store(tokens, [token('kept-1', 1, 'stop')])).toBeGreaterThan(lastSequence);
       const seen: number[] = [];
       await tokens.replay('kept-1', (data) => seen.push(...decodeTokens(data).map(({ index }) => index)));
       await eventually(() => (seen.includes(1) ? true : undefined));

@@ -10,6 +10,7 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { startGateway } from '../../services/gateway/src/service.ts';
 import { answerWith, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
+import { store } from './store-answer.ts';
 
 const LEASE_MS = 1_000;
 const DOWN: KvStatus = { ...READY, executors: [] };
@@ -121,13 +122,17 @@ describe('the id of a durable prompt', () => {
   });
 
   test('that was generated is not answered with the answer to a prompt of a former stream', async () => {
-    await tokens.publish([token('p1', 0, 'stop')], 'json');
+    await store(tokens, [token('p1', 0, 'stop')]);
     await start();
-    // Two minutes are too long for a test.
-    const manager = await bus.connection.jetstreamManager();
-    await manager.streams.update(STREAMS.tokens.name, { duplicate_window: 1e9 });
     expect((await publish('Hi')).seq).toBe(1);
-    const work = await lease();
+    await nothingQueued();
+    expect(await messagesIn(bus, 'prompts')).toBe(1);
+    // An hour is too long for a test.
+    const manager = await bus.connection.jetstreamManager();
+    await manager.streams.update(STREAMS.tokens.name, { duplicate_window: 1e8, max_age: 1e8 });
+    await eventually(async () => ((await messagesIn(bus, 'tokens')) === 0 ? true : undefined));
+    await manager.streams.update(STREAMS.tokens.name, { max_age: 3600e9 });
+    const work = await eventually(() => queue.lease(LEASE_MS, () => undefined), 15_000);
     await answerWith(tokens, work, 2);
     expect((await stored('p1')).map(({ index, finish_reason }) => [index, finish_reason])).toEqual([
       [0, null],

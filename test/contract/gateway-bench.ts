@@ -2,8 +2,10 @@
  * Owns what tests of the gateway share: a kv-manager that the test plays, token messages, an executor that the test plays.
  */
 import { fileURLToPath } from 'node:url';
-import type { Bus, TokenStream, WorkLease } from '@lamina/bus';
+import type { Bus, TokenStream, WorkLease, WorkQueue } from '@lamina/bus';
 import { ENDPOINTS, type KvStatus, SERVICE_NAMES, STREAMS, type TokenMessage } from '@lamina/protocol';
+import { eventually } from './in-process.ts';
+import { store } from './store-answer.ts';
 
 const MODEL = fileURLToPath(new URL('../../models/lamina-tiny', import.meta.url));
 const LAYOUT = { numLayers: 6, numHeads: 4, numKvHeads: 2, headDim: 32, scale: 0.25, blockSizeTokens: 16 } as const;
@@ -43,9 +45,18 @@ export const token = (id: string, index: number, finishReason: TokenMessage['fin
 export async function answerWith(tokens: TokenStream, work: WorkLease, count = 3): Promise<void> {
   const { id, encoding } = work.item;
   for (let index = 0; index < count; index++) {
-    await tokens.publish([token(id, index, index === count - 1 ? 'length' : null)], encoding);
+    await store(tokens, [token(id, index, index === count - 1 ? 'length' : null)], encoding);
   }
   work.complete();
+}
+
+/** Plays an executor that takes an item whose request was ended while it waited. Returns the end. */
+export async function dropEnded(queue: WorkQueue, tokens: TokenStream): Promise<TokenMessage> {
+  const work = await eventually(() => queue.lease(1_000, () => undefined));
+  const end = (await tokens.stored(work.item.id)).tokens.at(-1);
+  if (end === undefined || end.finish_reason === null) throw new Error(`${work.item.id} has no end`);
+  work.complete();
+  return end;
 }
 
 /** Messages of a stream: those of LAMINA_WORK and LAMINA_PROMPTS are not done yet. */

@@ -7,8 +7,9 @@ import { type KvStatus, SUBJECTS } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { startGateway } from '../../services/gateway/src/service.ts';
-import { answerWith, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
+import { answerWith, dropEnded, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
+import { store } from './store-answer.ts';
 
 let nats: NatsServer;
 let bus: Bus;
@@ -85,8 +86,8 @@ async function answerWithUsage(work: WorkLease): Promise<void> {
   const { id } = work.item;
   const logprobs =
     work.item.logprobs === null ? {} : { logprob: -0.5, top_logprobs: [{ token: 5, text: 't0', logprob: -0.5 }] };
-  await tokens.publish([{ ...token(id, 0), ...logprobs }], 'json');
-  await tokens.publish([{ ...token(id, 1, 'stop'), ...logprobs, usage }], 'json');
+  await store(tokens, [{ ...token(id, 0), ...logprobs }]);
+  await store(tokens, [{ ...token(id, 1, 'stop'), ...logprobs, usage }]);
   work.complete();
 }
 
@@ -169,7 +170,7 @@ describe('a client that comes back', () => {
     const asked = post('/v1/chat/completions', { ...ASK, stream: true }, { headers: { 'Idempotency-Key': 'mine' } });
     const work = await lease();
     expect(work.item.id).toBe('mine');
-    await tokens.publish([token('mine', 0), token('mine', 1)], 'json');
+    await store(tokens, [token('mine', 0), token('mine', 1)]);
     const events = eventsOf(await asked);
     await events.next();
     const { value } = await events.next();
@@ -183,8 +184,8 @@ describe('a client that comes back', () => {
       { headers: { 'Idempotency-Key': 'mine', 'Last-Event-ID': '1' } },
     );
     const following = fetch(`${url}/v1/requests/mine/events`, { headers: { 'Last-Event-ID': '0' } });
-    await tokens.publish([token('mine', 2)], 'json');
-    await tokens.publish([token('mine', 3, 'stop')], 'json');
+    await store(tokens, [token('mine', 2)]);
+    await store(tokens, [token('mine', 3, 'stop')]);
     work.complete();
     expect((await allEvents(await again)).map(({ id }) => id)).toEqual(['2', '3', undefined]);
     const raw = await allEvents(await following);
@@ -229,8 +230,8 @@ describe('a request is cancelled', () => {
     await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));
     abort.abort();
     await expect(asked).rejects.toThrow();
-    await eventually(async () => ((await messagesIn(bus, 'work')) === 0 ? true : undefined));
     await eventually(() => (Object(gateway.running.stats?.()).openRequests === 0 ? true : undefined));
+    expect((await dropEnded(queue, tokens)).finish_reason).toBe('cancelled');
   });
 
   test('by DELETE', async () => {
@@ -239,6 +240,7 @@ describe('a request is cancelled', () => {
     const cancelled = await fetch(`${url}/v1/requests/deleted`, { method: 'DELETE' });
     expect([cancelled.status, await cancelled.json()]).toEqual([202, { id: 'deleted', state: 'cancelling' }]);
     expect(await (await asked).json()).toMatchObject({ choices: [{ text: '', finish_reason: 'cancelled' }] });
+    expect((await dropEnded(queue, tokens)).id).toBe('deleted');
     const unknown = await fetch(`${url}/v1/requests/nobody`, { method: 'DELETE' });
     expect([unknown.status, await unknown.json()]).toMatchObject([404, { error: { code: 'unknown_request' } }]);
   });
@@ -276,9 +278,9 @@ describe('a mistake', () => {
     const asked = post('/v1/completions', { prompt: 'a', stream: true });
     const work = await lease();
     const { id } = work.item;
-    await tokens.publish([token(id, 0)], 'json');
+    await store(tokens, [token(id, 0)]);
     const error = { code: 'numeric_error' as const, message: 'NaN' };
-    await tokens.publish([{ ...token(id, 1, 'error'), token: null, text: '', error }], 'json');
+    await store(tokens, [{ ...token(id, 1, 'error'), token: null, text: '', error }]);
     work.complete();
     const events = await allEvents(await asked);
     expect(JSON.parse(events[1]!.data)).toMatchObject({ error: { code: 'numeric_error', type: 'server_error' } });

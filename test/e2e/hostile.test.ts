@@ -18,6 +18,7 @@ import {
   type FrameHeader,
   packMessage,
   SERVICE_NAMES,
+  STREAMS,
   SUBJECTS,
   type TokenMessage,
   writeFrameHeader,
@@ -128,8 +129,25 @@ function seedsOf(
   ];
 }
 
-const REPLIES = ['_INBOX.nobody', SUBJECTS.work('w'), '$JS.API.STREAM.PURGE.LAMINA_TOKENS'];
-const STORED = /^lamina\.v1\.(work|tokens|prompts)\b/;
+/** A stream confirms there what it takes, whatever the subject; a service must refuse to answer there. */
+const REPLIES = [
+  '_INBOX.nobody',
+  SUBJECTS.work('w'),
+  SUBJECTS.tokens('w'),
+  SUBJECTS.prompts,
+  SUBJECTS.cancel('w'),
+  SUBJECTS.metrics,
+  ENDPOINTS.free.subject,
+  EVENTS.shardLost.subject,
+  ...Object.values(STREAMS).flatMap(({ name }) => [
+    `$JS.API.STREAM.PURGE.${name}`,
+    `$JS.API.STREAM.MSG.DELETE.${name}`,
+    `$JS.API.STREAM.UPDATE.${name}`,
+    `$JS.API.STREAM.DELETE.${name}`,
+  ]),
+  '$JS.API.CONSUMER.DELETE.LAMINA_WORK.dense-executors',
+  '$JS.API.CONSUMER.MSG.NEXT.LAMINA_WORK.dense-executors',
+];
 
 async function flood(
   nats: NatsConnection,
@@ -138,12 +156,8 @@ async function flood(
   cases: number,
 ): Promise<void> {
   const random = randomOf(subject.length);
-  const isStored = STORED.test(subject);
   for (let done = 0; done < cases; done++) {
-    // An answer would go to nobody, save where the receiver must refuse to publish: its own subjects and the server's.
-    // Where the receiver is a stream, the server itself answers, so a reply there would empty the stream; only services may publish on those.
-    const reply = isStored ? '_INBOX.nobody' : REPLIES[done % REPLIES.length]!;
-    nats.publish(subject, mutate(seeds, random), { reply });
+    nats.publish(subject, mutate(seeds, random), { reply: REPLIES[done % REPLIES.length]! });
     if (done % BATCH === BATCH - 1) await nats.flush();
   }
   await nats.flush();

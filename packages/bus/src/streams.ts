@@ -4,6 +4,8 @@
  * Invariants
  * 1. Every stream is bounded in messages or bytes.
  * 2. Any service may create a stream first; all ask for the same configuration.
+ * 3. Nobody purges a stream or deletes a message of it, services included (NO_REMOVAL); messages go by age, by limits, or,
+ *    in work queues, with their acknowledgement. An existing stream gets this by update; it cannot be taken back.
  */
 import { STREAMS } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
@@ -27,8 +29,15 @@ export const PROMPT_ACK_WAIT_MS = 5_000;
 /** Prompts that all gateways together have in hand. */
 const MAX_PROMPTS_IN_HAND = 1_024;
 
+/**
+ * nats-server confirms a stored message on whatever subject its publisher chose as the reply, and asks no permission for
+ * that: the confirmation would do as a purge or as the removal of a message.
+ */
+const NO_REMOVAL = { deny_purge: true, deny_delete: true } as const;
+
 /** Full means that the publisher is refused: what was acknowledged is never pushed out by what comes later. */
 const PROMPTS_CONFIG = {
+  ...NO_REMOVAL,
   name: STREAMS.prompts.name,
   subjects: [...STREAMS.prompts.subjects],
   retention: RetentionPolicy.Workqueue,
@@ -41,6 +50,7 @@ const PROMPTS_CONFIG = {
 } satisfies Partial<StreamConfig>;
 
 const WORK_CONFIG = {
+  ...NO_REMOVAL,
   name: STREAMS.work.name,
   subjects: [...STREAMS.work.subjects],
   retention: RetentionPolicy.Workqueue,
@@ -51,6 +61,7 @@ const WORK_CONFIG = {
 } satisfies Partial<StreamConfig>;
 
 const TOKENS_CONFIG = {
+  ...NO_REMOVAL,
   name: STREAMS.tokens.name,
   subjects: [...STREAMS.tokens.subjects],
   retention: RetentionPolicy.Limits,
@@ -58,12 +69,11 @@ const TOKENS_CONFIG = {
   discard: DiscardPolicy.Old,
   max_age: nanos(60 * 60 * 1000),
   max_bytes: 512 * 1024 * 1024,
-  duplicate_window: nanos(2 * 60 * 1000),
 } satisfies Partial<StreamConfig>;
 
 async function ensureStream(
   manager: JetStreamManager,
-  config: Partial<StreamConfig> & { name: string },
+  config: Partial<StreamConfig> & { name: string } & typeof NO_REMOVAL,
 ): Promise<void> {
   try {
     await manager.streams.info(config.name);

@@ -1,13 +1,13 @@
 /**
- * Owns publishing and reading answers on LAMINA_TOKENS.
+ * Owns storing and reading answers on LAMINA_TOKENS.
  *
  * Invariants
- * 1. A message's Nats-Msg-Id is `<id>.<indices of its first and last token>`, or `<id>.final` if it ends an answer without a
- *    token: publishing it twice stores it once, another grouping of the same tokens is another message, and an answer has
- *    one end even if two processes write it.
- * 2. Who writes an answer names the last message of it that it knows (Nats-Expected-Last-Subject-Sequence): of two that write
- *    the same answer, one is refused before it stores a token twice under another grouping.
- * 3. A message that the server did not store is reported, and the caller told whether to publish it again: time does not
+ * 1. Who writes to an answer names the last message of it that it knows (Nats-Expected-Last-Subject-Sequence): of two that
+ *    write the same answer, one is refused, so a token is stored once and an answer has one end. The server's memory of
+ *    message ids is not used: it would take a token for stored that the stream has discarded since.
+ * 2. A message says in TOKENS_HEADER which tokens it has. One without that header is nobody's answer and is skipped wherever
+ *    an answer is read: the server and services can be made to send their replies to a subject of this stream.
+ * 3. A message that the server did not store is reported, and the caller told whether to store it again: time does not
  *    mend a message that is too large, a permission that is missing, or a stream that was deleted.
  */
 import {
@@ -16,11 +16,21 @@ import {
   FINAL_HEADER,
   STREAMS,
   SUBJECTS,
+  TOKENS_HEADER,
   type TokenMessage,
   type WireEncoding,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import { consumerOpts, ErrorCode, headers, type JetStreamClient, millis, NatsError } from 'nats';
+import {
+  consumerOpts,
+  ErrorCode,
+  headers,
+  type JetStreamClient,
+  type JsMsg,
+  millis,
+  NatsError,
+  type StoredMsg,
+} from 'nats';
 import { type Bus, type BusMessage, type Subscription, tooLarge } from './bus.ts';
 import { isStreamMissing, lastMessage } from './stored-message.ts';
 
@@ -28,7 +38,8 @@ const STORE_TIMEOUT_MS = 2_000;
 const READ_TIMEOUT_MS = 5_000;
 const MESSAGE_TOO_LARGE_ERROR_CODE = 10054;
 const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
-const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
+/** How often foreign messages may come between looking for the end of an answer and storing behind it. */
+const MAX_FOREIGN_RACES = 8;
 
 /** How far an answer is stored. */
 export interface StoredEnd {
@@ -45,6 +56,10 @@ export interface StoredAnswer {
   readonly tokens: readonly TokenMessage[];
   /** Stream sequence of its last message, 0 when nothing is stored: what `append` expects next. */
   readonly lastSequence: number;
+}
+
+interface LastMessage extends StoredEnd {
+  readonly data: Buffer;
 }
 
 export class TokenStream {
@@ -64,20 +79,9 @@ export class TokenStream {
   }
 
   /**
-   * Publishes tokens of one answer as one message. Resolves true when the server has stored it, false when it may be
-   * published again.
-   * @param isFirst Stores it only if nothing of the answer is stored yet; what is there already counts as stored.
-   * @throws LaminaError when it can never be stored.
-   */
-  async publish(tokens: readonly TokenMessage[], encoding: WireEncoding, isFirst = false): Promise<boolean> {
-    if (tokens.length === 0) return true;
-    return (await this.#store(tokens, encoding, isFirst ? 0 : undefined)) !== undefined;
-  }
-
-  /**
-   * Publishes the next tokens of an answer as one message, unless somebody else has written to it.
+   * Stores the next tokens of an answer as one message, unless somebody else has written to it.
    * @param lastSequence Stream sequence of the last message of the answer that the caller stored or read, 0 before any.
-   * @returns The sequence to go on with; undefined when the message may be published again.
+   * @returns The sequence to go on with; undefined when the message may be stored again.
    * @throws LaminaError `duplicate_id` when the answer has messages after that one; others when it can never be stored.
    */
   async append(
@@ -85,30 +89,42 @@ export class TokenStream {
     encoding: WireEncoding,
     lastSequence: number,
   ): Promise<number | undefined> {
-    const stored = await this.#store(tokens, encoding, lastSequence);
-    if (stored !== 'otherwise') return stored;
-    // Stored before with the confirmation lost: a server that still remembers its id says so, one that does not refuses it.
-    const [first] = tokens;
-    const last = await lastMessage(this.#bus, STREAMS.tokens.name, SUBJECTS.tokens(first!.id)).catch(() => null);
-    if (last === null) return undefined;
-    if (last?.header?.get(MESSAGE_ID_HEADER) === messageIdOf(tokens)) return last.seq;
-    throw new LaminaError('duplicate_id', `request ${first!.id} was taken over: another process writes its answer`);
+    const { id } = tokens[0]!;
+    let expected = lastSequence;
+    for (let race = 0; race < MAX_FOREIGN_RACES; race++) {
+      const stored = await this.#store(tokens, encoding, expected);
+      if (stored !== 'otherwise') return stored;
+      let last: StoredMsg | undefined;
+      let end: LastMessage | undefined;
+      try {
+        last = await lastMessage(this.#bus, STREAMS.tokens.name, SUBJECTS.tokens(id));
+        end = await this.#endUpTo(id, last);
+      } catch {
+        return undefined;
+      }
+      // Stored before, with the confirmation lost.
+      if (last !== undefined && end?.data.equals(encodeTokens(tokens, encoding))) return last.seq;
+      if (last === undefined || (end?.sequence ?? 0) > lastSequence)
+        throw new LaminaError('duplicate_id', `request ${id} was taken over: another process writes its answer`);
+      expected = last.seq;
+    }
+    return undefined;
   }
 
   /** The sequence of the stored message; `otherwise` when another one is the last of the answer; undefined: try again. */
   async #store(
     tokens: readonly TokenMessage[],
     encoding: WireEncoding,
-    lastSequence: number | undefined,
+    lastSequence: number,
   ): Promise<number | 'otherwise' | undefined> {
     const set = headers();
+    set.set(TOKENS_HEADER, namesOf(tokens));
     if (tokens.at(-1)?.finish_reason !== null) set.set(FINAL_HEADER, 'true');
     try {
       const { seq } = await this.#jetstream.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), {
-        msgID: messageIdOf(tokens),
         headers: set,
         timeout: STORE_TIMEOUT_MS,
-        ...(lastSequence !== undefined && { expect: { lastSubjectSequence: lastSequence } }),
+        expect: { lastSubjectSequence: lastSequence },
       });
       return seq;
     } catch (cause) {
@@ -147,32 +163,27 @@ export class TokenStream {
    * @throws LaminaError `unavailable` when the stream cannot be read.
    */
   async endOf(requestId: string): Promise<StoredEnd | undefined> {
-    const last = await lastMessage(this.#bus, STREAMS.tokens.name, SUBJECTS.tokens(requestId));
-    if (last === undefined) return undefined;
-    return {
-      sequence: last.seq,
-      isComplete: last.header?.get(FINAL_HEADER) === 'true',
-      storedAtMs: last.time.getTime(),
-    };
+    return this.#endUpTo(requestId, await lastMessage(this.#bus, STREAMS.tokens.name, SUBJECTS.tokens(requestId)));
   }
 
-  /**
-   * Removes an answer, so that another can have its id.
-   * @throws LaminaError `unavailable`, also while the server would take tokens of the next one for repeated ones.
-   */
-  async forget(requestId: string, { storedAtMs }: StoredEnd): Promise<void> {
-    let windowMs: number;
-    try {
-      const manager = await this.#bus.connection.jetstreamManager();
-      windowMs = millis((await manager.streams.info(STREAMS.tokens.name)).config.duplicate_window);
-      if (storedAtMs + windowMs < Date.now()) {
-        await manager.streams.purge(STREAMS.tokens.name, { filter: SUBJECTS.tokens(requestId) });
-        return;
-      }
-    } catch (cause) {
-      throw new LaminaError('unavailable', 'the stream of answers cannot be changed; is JetStream up?', { cause });
+  /** The end of an answer, given the last message on its subject, whoever sent that. */
+  async #endUpTo(requestId: string, last: StoredMsg | undefined): Promise<LastMessage | undefined> {
+    if (last === undefined) return undefined;
+    const { seq: sequence, header, data, time } = last;
+    if (header?.get(TOKENS_HEADER)) {
+      const isComplete = header.get(FINAL_HEADER) === 'true';
+      return { sequence, isComplete, storedAtMs: time.getTime(), data: Buffer.from(data) };
     }
-    throw new LaminaError('unavailable', `the answer of "${requestId}" is younger than ${windowMs} ms`);
+    let end: LastMessage | undefined;
+    await this.#readUpTo(requestId, last.seq, (message) => {
+      end = {
+        sequence: message.seq,
+        isComplete: message.headers?.get(FINAL_HEADER) === 'true',
+        storedAtMs: millis(message.info.timestampNanos),
+        data: Buffer.from(message.data),
+      };
+    });
+    return end;
   }
 
   /**
@@ -183,18 +194,46 @@ export class TokenStream {
     const lastSequence = (await this.endOf(requestId))?.sequence;
     const tokens: TokenMessage[] = [];
     if (lastSequence === undefined) return { tokens, lastSequence: 0 };
+    await this.#readUpTo(requestId, lastSequence, ({ data }) => {
+      for (const token of decodeTokens(data)) if (token.index === tokens.length) tokens.push(token);
+    });
+    return { tokens, lastSequence };
+  }
+
+  /** Messages of one answer as they are stored from now on. */
+  follow(requestId: string, callback: (message: BusMessage) => void): Subscription {
+    return this.#bus.subscribe(SUBJECTS.tokens(requestId), (message) => {
+      if (message.header(TOKENS_HEADER) !== undefined) callback(message);
+    });
+  }
+
+  /** Messages of one answer from its first one on, then as they are stored. */
+  async replay(
+    requestId: string,
+    callback: (data: Uint8Array, isFinal: boolean, sequence: number) => void,
+  ): Promise<Subscription> {
+    return this.#replayAll(requestId, (message) => {
+      if (isOfAnswer(message)) callback(message.data, message.headers?.get(FINAL_HEADER) === 'true', message.seq);
+    });
+  }
+
+  /** Reads the messages of an answer, up to the one of `lastSequence` on its subject. */
+  async #readUpTo(requestId: string, lastSequence: number, take: (message: JsMsg) => void): Promise<void> {
     let timer: NodeJS.Timeout | undefined;
     let subscription: Subscription | undefined;
     try {
       await new Promise<void>((resolve, reject) => {
         const tooLate = new LaminaError('unavailable', 'the stream of answers cannot be read in time');
         timer = setTimeout(() => reject(tooLate), READ_TIMEOUT_MS);
-        const take = (data: Uint8Array, _isFinal: boolean, sequence: number): void => {
-          if (sequence <= lastSequence)
-            for (const token of decodeTokens(data)) if (token.index === tokens.length) tokens.push(token);
-          if (sequence >= lastSequence) resolve();
+        const receive = (message: JsMsg): void => {
+          try {
+            if (message.seq <= lastSequence && isOfAnswer(message)) take(message);
+            if (message.seq >= lastSequence) resolve();
+          } catch (cause) {
+            reject(asLaminaError(cause));
+          }
         };
-        this.replay(requestId, take).then((started) => {
+        this.#replayAll(requestId, receive).then((started) => {
           subscription = started;
         }, reject);
       });
@@ -202,31 +241,26 @@ export class TokenStream {
       clearTimeout(timer);
       subscription?.unsubscribe();
     }
-    return { tokens, lastSequence };
   }
 
-  /** Messages of one answer as they are published from now on. */
-  follow(requestId: string, callback: (message: BusMessage) => void): Subscription {
-    return this.#bus.subscribe(SUBJECTS.tokens(requestId), callback);
-  }
-
-  /** Messages of one answer from its first one on, then as they are published. */
-  async replay(
-    requestId: string,
-    callback: (data: Uint8Array, isFinal: boolean, sequence: number) => void,
-  ): Promise<Subscription> {
+  async #replayAll(requestId: string, callback: (message: JsMsg) => void): Promise<Subscription> {
     const options = consumerOpts();
     options.orderedConsumer();
     options.deliverAll();
     options.callback((error, message) => {
       if (error) this.#onError(asLaminaError(error));
-      else if (message !== null) callback(message.data, message.headers?.get(FINAL_HEADER) === 'true', message.seq);
+      else if (message !== null) callback(message);
     });
     return this.#jetstream.subscribe(SUBJECTS.tokens(requestId), options);
   }
 }
 
-function messageIdOf(tokens: readonly TokenMessage[]): string {
+function isOfAnswer({ headers: set }: JsMsg): boolean {
+  return Boolean(set?.get(TOKENS_HEADER));
+}
+
+/** What TOKENS_HEADER says of a message. */
+function namesOf(tokens: readonly TokenMessage[]): string {
   const first = tokens[0]!;
-  return first.token === null ? `${first.id}.final` : `${first.id}.${first.index}-${tokens.at(-1)!.index}`;
+  return first.token === null ? 'end' : `${first.index}-${tokens.at(-1)!.index}`;
 }

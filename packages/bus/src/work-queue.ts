@@ -4,7 +4,8 @@
  * Invariants
  * 1. An item stays in the stream until its lease is completed; a lease that is neither renewed nor completed is offered again.
  * 2. An id that is in the queue is not taken again, however long it has waited there.
- * 3. An item that cannot be decoded is removed at once: it would fail everywhere.
+ * 3. Nobody takes an item back: one whose request was ended while it waited is taken and completed by an executor.
+ * 4. An item that cannot be decoded is removed at once: it would fail everywhere.
  */
 import {
   packMessage,
@@ -85,11 +86,11 @@ export class WorkQueue {
   }
 
   /**
-   * Stream sequence of the item with this id, waiting or leased; undefined when there is none.
+   * True while an item with this id waits or is leased.
    * @throws LaminaError `unavailable`
    */
-  async find(requestId: string): Promise<number | undefined> {
-    return (await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work(requestId)))?.seq;
+  async has(requestId: string): Promise<boolean> {
+    return (await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work(requestId))) !== undefined;
   }
 
   /**
@@ -105,17 +106,6 @@ export class WorkQueue {
       return Math.min(num_pending, (await manager.streams.info(STREAMS.work.name)).state.messages);
     } catch (cause) {
       throw new LaminaError('unavailable', 'the work queue cannot be read; is JetStream up?', { cause });
-    }
-  }
-
-  /** Removes an item that no executor has completed. Returns false if it was gone. */
-  async remove(sequence: number): Promise<boolean> {
-    const manager = await this.#bus.connection.jetstreamManager();
-    try {
-      return await manager.streams.deleteMessage(STREAMS.work.name, sequence);
-    } catch (cause) {
-      if (cause instanceof NatsError && cause.api_error !== undefined) return false;
-      throw cause;
     }
   }
 

@@ -41,6 +41,7 @@ export {
   FINAL_HEADER,
   type FinishReason,
   storedEncodingOf,
+  TOKENS_HEADER,
   type TokenMessage,
 } from './token-message.ts';
 export { type Sampling, type WorkItem, workItemSchema } from './work-item.ts';

@@ -9,6 +9,8 @@
  * 3. No role but the operator reaches a JetStream call that it does not use, nor one of a stream that it does not use.
  * 4. `allow_responses` is not used: it would let a client choose, as the reply of its request, a subject that the service
  *    may not publish on, such as a call that empties a stream.
+ * 5. Who reads a stream is pushed its messages: a pull (`CONSUMER.MSG.NEXT`) and an acknowledgement (`$JS.ACK`) are answered by
+ *    the server with an empty message on a reply subject of the caller's choice, which is all that `STREAM.DELETE` asks for.
  */
 import { LaminaError } from '@lamina/tensor';
 import { ENDPOINTS, EVENTS, SERVICE_NAMES, type ServiceName, STREAMS, SUBJECT_NOTES } from './subjects.ts';
@@ -54,9 +56,8 @@ const PARTIES: Readonly<Record<string, readonly Role[]>> = {
 /**
  * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer and
  * acknowledge. look: one message, and how many wait. read: replay it. follow: its messages as they are published.
- * remove: delete one message. purge: delete those of one subject.
  */
-type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow' | 'remove' | 'purge';
+type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow';
 
 const STREAM_USES: Readonly<Record<keyof typeof STREAMS, Readonly<Partial<Record<Role, readonly StreamUse[]>>>>> = {
   prompts: {
@@ -66,11 +67,11 @@ const STREAM_USES: Readonly<Record<keyof typeof STREAMS, Readonly<Partial<Record
     operator: ['publish'],
   },
   work: {
-    gateway: ['manage', 'publish', 'look', 'remove'],
+    gateway: ['manage', 'publish', 'look'],
     'dense-executor': ['manage', 'consume'],
   },
   tokens: {
-    gateway: ['manage', 'publish', 'read', 'follow', 'purge'],
+    gateway: ['manage', 'publish', 'read', 'follow'],
     'dense-executor': ['manage', 'publish', 'read'],
     'durable-client': ['read', 'follow'],
     operator: ['read', 'follow'],
@@ -127,19 +128,13 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       call(`STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`, `CONSUMER.INFO.${name}.${durableConsumer}`);
       break;
     case 'read':
-      call('STREAM.NAMES', `STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`, `DIRECT.GET.${name}`);
-      call(`DIRECT.GET.${name}.>`, `CONSUMER.CREATE.${name}`, `CONSUMER.CREATE.${name}.>`, `CONSUMER.INFO.${name}.*`);
-      call(`CONSUMER.MSG.NEXT.${name}.*`, `CONSUMER.DELETE.${name}.*`);
-      publish.add(`$JS.ACK.${name}.>`).add(`$JS.FC.${name}.>`);
+      call('STREAM.NAMES', `STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`);
+      call(`CONSUMER.CREATE.${name}`, `CONSUMER.CREATE.${name}.>`, `CONSUMER.INFO.${name}.*`);
+      call(`CONSUMER.DELETE.${name}.*`);
+      publish.add(`$JS.FC.${name}.>`);
       break;
     case 'follow':
       for (const subject of subjects) subscribe.add(subject);
-      break;
-    case 'remove':
-      call(`STREAM.MSG.DELETE.${name}`);
-      break;
-    case 'purge':
-      call(`STREAM.PURGE.${name}`);
   }
 }
 

@@ -15,6 +15,9 @@ import { errorBodySchema, idSchema, parseMessage } from './schema.ts';
 /** Header of the last message of an answer, value `true`. */
 export const FINAL_HEADER = 'Lamina-Final';
 
+/** Header of every stored message of an answer: the indices of its first and last token as `0-7`, or `end` for an end without one. */
+export const TOKENS_HEADER = 'Lamina-Tokens';
+
 const finishReasonSchema = z.enum(['stop', 'length', 'cancelled', 'error']);
 export type FinishReason = z.infer<typeof finishReasonSchema>;
 

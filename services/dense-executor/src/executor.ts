@@ -35,6 +35,8 @@ export interface ExecutorOptions {
 const MAX_DELIVERIES = 10;
 /** Before a request is offered again whose stored part cannot be read. */
 const RELEASE_DELAY_MS = 1_000;
+/** What waited for longer may have been ended by its gateway, which takes at least so long to do that. */
+const MAY_HAVE_ENDED_MS = 250;
 /** Ids that were cancelled before this executor saw them; bounded. */
 const MAX_REMEMBERED_CANCELS = 10_000;
 
@@ -93,13 +95,18 @@ export class Executor {
       return;
     }
     const isResuming = this.#resuming.has(item.id);
-    if (isResuming || lease.deliveryCount > 1 || item.isContinued === true) this.#resuming.set(item.id, lease);
+    const mayBeStored =
+      lease.deliveryCount > 1 ||
+      item.isContinued === true ||
+      this.#cancelledIds.has(item.id) ||
+      Date.now() - item.submittedAtMs > MAY_HAVE_ENDED_MS;
+    if (isResuming || mayBeStored) this.#resuming.set(item.id, lease);
     if (isResuming) return;
     if (this.#resuming.has(item.id)) void this.#resume(lease);
     else this.#begin(lease, { tokens: [], lastSequence: 0 });
   }
 
-  /** Takes up what another executor began. */
+  /** Takes up what another executor began, or drops what was ended while it waited. */
   async #resume(lease: WorkLease): Promise<void> {
     const { tokens, log } = this.#options;
     const { id } = lease.item;
@@ -107,7 +114,8 @@ export class Executor {
     const renewal = setInterval(() => this.#resuming.get(id)?.renew(), ACK_WAIT_MS / 3);
     try {
       const stored = await tokens.stored(id);
-      log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.tokens.length }, 'taking a request up');
+      if (lease.deliveryCount > 1 || stored.tokens.length > 0)
+        log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.tokens.length }, 'taking a request up');
       const last = stored.tokens.at(-1);
       const current = this.#resuming.get(id) ?? lease;
       if (last !== undefined && last.finish_reason !== null) current.complete();

@@ -155,7 +155,7 @@ export class Bench {
         priority: 0,
         deadlineAtMs: deadlineAtMs ?? null,
         encoding: 'json',
-        submittedAtMs: 0,
+        submittedAtMs: Date.now(),
       },
       deliveryCount,
       renew: () => undefined,

@@ -6,7 +6,8 @@
  *    before that leaves it to another, which finds what was reached by the id: each request is submitted once.
  * 2. A prompt is never refused because the cluster is full or down: it waits, here or in the stream.
  * 3. An error never replaces an answer: it is stored only where nothing is stored under its id.
- * 4. At most MAX_IN_HAND prompts are in hand; the others stay in the stream.
+ * 4. Generated ids begin again with a new LAMINA_PROMPTS: one whose answer is still stored from before waits until it is not.
+ * 5. At most MAX_IN_HAND prompts are in hand; the others stay in the stream.
  */
 import type { DurablePrompt, PromptQueue, TokenStream } from '@lamina/bus';
 import {
@@ -17,19 +18,20 @@ import {
   parseGenerateBody,
   requestIdOf,
   type TokenMessage,
+  type WireEncoding,
   type WorkItem,
 } from '@lamina/protocol';
 import type { Counter, Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { cancelledEnd, deadlineExceeded, failedEnd } from './answer-end.ts';
 import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
-import { deadlineExceeded } from './relay.ts';
 import type { RequestState } from './request-state.ts';
 
 export interface DurablePromptsParts extends PreparationParts {
   readonly prompts: Pick<PromptQueue, 'take'>;
-  readonly tokens: Pick<TokenStream, 'publish' | 'endOf' | 'forget'>;
+  readonly tokens: Pick<TokenStream, 'append' | 'endOf'>;
   /** Puts an item into the work queue, when there is a place for it. */
   readonly submit: (item: WorkItem, client: string) => Promise<unknown>;
   readonly locate: (requestId: string) => Promise<RequestState>;
@@ -45,6 +47,8 @@ const TAKE_WAIT_MS = 30_000;
 const RETRY_MS = 500;
 /** For prompts that need more KV than there is now; the others must not wait for a shard with them. */
 const CAPACITY_RETRY_MS = 5_000;
+/** For prompts whose generated id has the answer of a former stream. */
+const FORMER_ANSWER_RETRY_MS = 5_000;
 const MAX_REMEMBERED_CANCELS = 10_000;
 const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
 
@@ -110,6 +114,7 @@ export class DurablePrompts {
       } catch (cause) {
         const error = asLaminaError(cause);
         if (error.code === 'kv_capacity_exceeded') delayMs = CAPACITY_RETRY_MS;
+        if (error.code === 'unavailable') delayMs = error.retryAfterMs;
         log.debug({ err: error, sequence: prompt.sequence }, 'a durable prompt waits');
       }
       if (delayMs !== undefined && this.#inHand.delete(prompt)) prompt.putBack(delayMs);
@@ -123,7 +128,7 @@ export class DurablePrompts {
    * @throws LaminaError when it is to be tried again.
    */
   async #attempt(prompt: DurablePrompt): Promise<string> {
-    const { tokens, submit, cluster } = this.#parts;
+    const { submit, cluster, locate } = this.#parts;
     const headerId = idSchema.safeParse(prompt.header(MESSAGE_ID_HEADER)).data;
     let id = requestIdOf(prompt.data) ?? headerId ?? generatedId(prompt);
     let encoding = encodingOf(prompt.data);
@@ -132,17 +137,18 @@ export class DurablePrompts {
       encoding = parsed.encoding;
       id = idOf(parsed, prompt);
       const client = clientIdOf(prompt.header(CLIENT_HEADER));
-      const state = await this.#stateOf(id, prompt);
-      if (state.kind === 'working' || state.kind === 'ended') return 'known';
+      if (id === generatedId(prompt)) await this.#requireOwnAnswer(id, prompt);
+      const state = await locate(id);
+      if (state === 'working' || state === 'ended') return 'known';
       if (this.#cancelledIds.delete(id)) {
-        if (!(await tokens.publish([endMessage(id, 'cancelled')], encoding, true))) throw notStored();
-        return 'cancelled';
+        const extent = { promptTokens: 0, completionTokens: 0 };
+        return (await this.#isStoredFirst(cancelledEnd(id, extent), encoding)) ? 'cancelled' : 'known';
       }
       const { request } = parsed;
       const deadlineAtMs = request.deadline_ms === undefined ? Infinity : prompt.storedAtMs + request.deadline_ms;
       if (deadlineAtMs <= Date.now()) throw deadlineExceeded();
       requireAvailable(await cluster.recent());
-      const isContinued = state.kind === 'cut';
+      const isContinued = state === 'cut';
       const item = await prepare(this.#parts, request, {
         id,
         encoding,
@@ -154,26 +160,41 @@ export class DurablePrompts {
     } catch (cause) {
       const error = asLaminaError(cause);
       if (error.code === 'duplicate_id') {
-        const { kind } = await this.#parts.locate(id);
-        if (kind === 'working' || kind === 'ended') return 'known';
+        const state = await locate(id);
+        if (state === 'working' || state === 'ended') return 'known';
         throw error;
       }
       if (error.retryable || error.code === 'kv_capacity_exceeded') throw error;
       if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: id }, 'a durable prompt failed');
-      if ((await this.#parts.locate(id)).kind !== 'unknown') return 'known';
-      if (!(await tokens.publish([endMessage(id, 'error', error)], encoding, true))) throw notStored();
-      return error.code;
+      if ((await locate(id)) !== 'unknown') return 'known';
+      return (await this.#isStoredFirst(failedEnd(id, 0, error), encoding)) ? error.code : 'known';
     }
   }
 
-  /** Generated ids begin again with a new stream: an answer from before the prompt is that of another. */
-  async #stateOf(id: string, prompt: DurablePrompt): Promise<RequestState> {
-    const { tokens, locate } = this.#parts;
-    if (id === generatedId(prompt)) {
-      const stored = await tokens.endOf(id);
-      if (stored?.isComplete === true && stored.storedAtMs < prompt.storedAtMs) await tokens.forget(id, stored);
+  /**
+   * Stores an end as the whole answer; false when the answer has something already.
+   * @throws LaminaError `unavailable`
+   */
+  async #isStoredFirst(end: TokenMessage, encoding: WireEncoding): Promise<boolean> {
+    let sequence: number | undefined;
+    try {
+      sequence = await this.#parts.tokens.append([end], encoding, 0);
+    } catch (cause) {
+      if (asLaminaError(cause).code === 'duplicate_id') return false;
+      throw cause;
     }
-    return locate(id);
+    if (sequence === undefined) throw new LaminaError('unavailable', 'the end of an answer could not be stored');
+    return true;
+  }
+
+  /** @throws LaminaError `unavailable` while an answer from before the prompt has its generated id. */
+  async #requireOwnAnswer(id: string, prompt: DurablePrompt): Promise<void> {
+    const stored = await this.#parts.tokens.endOf(id);
+    if (stored?.isComplete !== true || stored.storedAtMs >= prompt.storedAtMs) return;
+    const problem = `a durable prompt waits until the answer "${id}" of a former LAMINA_PROMPTS has aged out`;
+    const advice = 'delete LAMINA_TOKENS whenever you delete LAMINA_PROMPTS';
+    this.#parts.log.warn({ requestId: id }, `${problem}; ${advice}`);
+    throw new LaminaError('unavailable', problem, { retryAfterMs: FORMER_ANSWER_RETRY_MS });
   }
 }
 
@@ -189,19 +210,4 @@ function idOf({ request }: ParsedGenerateBody, prompt: DurablePrompt): string {
   if (checked.success) return checked.data;
   const problem = checked.error.issues[0]?.message ?? 'is no id';
   throw new LaminaError('invalid_request', `the header ${MESSAGE_ID_HEADER}, which is the id here, ${problem}`);
-}
-
-function notStored(): LaminaError {
-  return new LaminaError('unavailable', 'the end of an answer could not be stored');
-}
-
-function endMessage(id: string, reason: 'cancelled' | 'error', error?: LaminaError): TokenMessage {
-  return {
-    id,
-    index: 0,
-    token: null,
-    text: '',
-    finish_reason: reason,
-    ...(error !== undefined && { error: { code: error.code, message: error.message } }),
-  };
 }

@@ -104,7 +104,7 @@ export class Gateway {
   follow(id: string, sink: AnswerSink, client: string): Relay {
     const relay = this.#createRelay(id, 'json', sink);
     this.#named.add(relay);
-    if (this.#enter(relay, client)) void relay.attach(0);
+    if (this.#enter(relay, client)) void relay.attach();
     return relay;
   }
 
@@ -118,9 +118,9 @@ export class Gateway {
     this.#parts.links.publishCancel(requestId);
   }
 
-  async stateOf(requestId: string): Promise<RequestState['kind']> {
+  async stateOf(requestId: string): Promise<RequestState> {
     if (this.#of(requestId).length > 0) return 'working';
-    return (await this.#parts.links.locate(requestId)).kind;
+    return this.#parts.links.locate(requestId);
   }
 
   #enter(relay: Relay, client: string): boolean {
@@ -176,11 +176,10 @@ export class Gateway {
   }
 
   async #endStray(id: string): Promise<void> {
-    const state = await this.#parts.links.locate(id);
-    if (state.kind !== 'working') return;
+    if ((await this.#parts.links.locate(id)) !== 'working') return;
     const relay = this.#createRelay(id, 'json', NOBODY);
     this.#open.set(relay, 'gateway');
-    await relay.attach(state.sequence);
+    await relay.attach();
     relay.cancel();
   }
 
@@ -221,10 +220,9 @@ export class Gateway {
     client: string,
   ): Promise<void> {
     const receivedAtMs = Date.now();
-    const state = request.id === undefined ? { kind: 'unknown' as const } : await this.#parts.links.locate(request.id);
-    if (state.kind === 'working') return relay.attach(state.sequence);
-    if (state.kind === 'ended') return relay.attach(0);
-    const isContinued = state.kind === 'cut';
+    const state = request.id === undefined ? 'unknown' : await this.#parts.links.locate(request.id);
+    if (state === 'working' || state === 'ended') return relay.attach();
+    const isContinued = state === 'cut';
     const closing = new AbortController();
     this.#closing.set(relay, closing);
     const origin = { id: relay.id, encoding, receivedAtMs, isContinued, signal: closing.signal };

@@ -6,16 +6,15 @@
  * 1. Tokens are followed before the work item is submitted, and none is relayed before the queue has taken the item.
  * 2. The sink gets every token exactly once and in order, and exactly one last message, whatever is lost or redelivered.
  * 3. After a gap the stream is the only source: it is replayed from its start, and what was relayed already is dropped.
- * 4. The executor's last message is authoritative. The gateway writes one only for a request without tokens whose work
- *    item it has removed from the queue, or that its executor does not end although it was asked several times; both
- *    have the same Nats-Msg-Id, so the stream keeps one.
+ * 4. An answer has one end, whoever writes it. The gateway writes one for a request without tokens, or that its executor
+ *    does not end although it was asked several times, and only behind the last message that it knows: where the
+ *    executor has stored more, the stream refuses the gateway, else the executor.
  * 5. Once closed, it holds no subscription and no timer.
  * 6. The client gets its own encoding, whatever the one who asked first had wanted.
  */
 import type { BusMessage, Subscription } from '@lamina/bus';
 import {
   decodeTokens,
-  type ErrorBody,
   encodeTokens,
   storedEncodingOf,
   type TokenMessage,
@@ -23,6 +22,7 @@ import {
   type WorkItem,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { cancelledEnd, deadlineExceeded, failedEnd } from './answer-end.ts';
 import type { RequestState } from './request-state.ts';
 
 /** Where the answer goes: the inbox of a NATS client, or an HTTP reply. Must not throw. */
@@ -35,10 +35,13 @@ export interface AnswerSink {
 export interface RelayLinks {
   readonly tokens: {
     follow(requestId: string, callback: (message: Pick<BusMessage, 'data'>) => void): Subscription;
-    replay(requestId: string, callback: (data: Uint8Array) => void): Promise<Subscription>;
-    publish(tokens: readonly TokenMessage[], encoding: WireEncoding): Promise<boolean>;
+    replay(
+      requestId: string,
+      callback: (data: Uint8Array, isFinal: boolean, sequence: number) => void,
+    ): Promise<Subscription>;
+    append(tokens: readonly TokenMessage[], encoding: WireEncoding, lastSequence: number): Promise<number | undefined>;
   };
-  readonly queue: { submit(item: WorkItem): Promise<number>; remove(sequence: number): Promise<boolean> };
+  readonly queue: { submit(item: WorkItem): Promise<unknown> };
   /** What is known of a request, wherever it may be. */
   readonly locate: (requestId: string) => Promise<RequestState>;
   /** Tells the executors, wherever the request may be. */
@@ -74,7 +77,8 @@ export class Relay {
   #phase: Phase = 'admitting';
   #nextIndex = 0;
   #promptTokens = 0;
-  #sequence = 0;
+  /** Stream sequence of the last message that a replay has brought. */
+  #lastSequence = 0;
   #isCancelling = false;
   #source: Subscription | undefined;
   #isReplaying = false;
@@ -103,11 +107,10 @@ export class Relay {
     });
   }
 
-  /** Reads the answer to a request that was submitted before. `sequence`: of its work item, 0 if that is gone. */
-  async attach(sequence: number): Promise<void> {
+  /** Reads the answer to a request that was submitted before. */
+  async attach(): Promise<void> {
     if (this.isClosed) return;
     this.#phase = 'open';
-    this.#sequence = sequence;
     this.#early.length = 0;
     if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
     await this.#replay();
@@ -119,7 +122,7 @@ export class Relay {
     this.#phase = 'submitting';
     this.#source = this.#links.tokens.follow(this.id, (message) => this.#receive(message.data));
     try {
-      this.#sequence = await this.#links.queue.submit(item);
+      await this.#links.queue.submit(item);
     } catch (cause) {
       const error = asLaminaError(cause);
       if (error.code === 'duplicate_id') return this.#join(error);
@@ -129,7 +132,7 @@ export class Relay {
       return;
     }
     if (this.isClosed) return;
-    if (item.isContinued === true) return this.attach(this.#sequence);
+    if (item.isContinued === true) return this.attach();
     this.#phase = 'open';
     for (const data of this.#early.splice(0)) this.#receive(data);
     if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
@@ -139,8 +142,7 @@ export class Relay {
   async #join(duplicate: LaminaError): Promise<void> {
     try {
       const state = await this.#links.locate(this.id);
-      if (state.kind === 'working') await this.attach(state.sequence);
-      else if (state.kind === 'ended') await this.attach(0);
+      if (state === 'working' || state === 'ended') await this.attach();
       else this.fail(duplicate);
     } catch (cause) {
       this.fail(asLaminaError(cause));
@@ -151,13 +153,13 @@ export class Relay {
   cancel(): void {
     if (this.#isCancelling || this.isClosed) return;
     this.#isCancelling = true;
-    if (this.#phase === 'admitting') this.#deliver([this.#lastMessage('cancelled')]);
+    if (this.#phase === 'admitting') this.#deliver([this.#endOf('cancelled')]);
     if (this.#phase === 'open') this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
   }
 
   /** Ends the request with an error that is not written to the stream. */
   fail(error: LaminaError): void {
-    this.#deliver([this.#lastMessage('error', errorBodyOf(error))]);
+    this.#deliver([failedEnd(this.id, this.#nextIndex, error)]);
   }
 
   /** Reads the answer from the stream, because messages may have been missed. */
@@ -173,7 +175,10 @@ export class Relay {
     this.#source?.unsubscribe();
     this.#source = undefined;
     try {
-      const source = await this.#links.tokens.replay(this.id, (data) => this.#receive(data));
+      const source = await this.#links.tokens.replay(this.id, (data, _, sequence) => {
+        this.#lastSequence = sequence;
+        this.#receive(data);
+      });
       if (this.isClosed || this.#source !== undefined) source.unsubscribe();
       else this.#source = source;
     } catch {
@@ -236,43 +241,29 @@ export class Relay {
    */
   async #giveUp(reason: 'cancelled' | 'deadline_exceeded', attempt = 0): Promise<void> {
     const isUnheard = attempt >= MAX_CANCEL_ATTEMPTS;
-    const isRemoved =
-      (this.#nextIndex === 0 || isUnheard) && (await this.#links.queue.remove(this.#sequence).catch(() => false));
-    if (this.isClosed) return;
-    if (isUnheard || (isRemoved && this.#nextIndex === 0)) {
-      const last =
-        reason === 'cancelled'
-          ? this.#lastMessage('cancelled')
-          : this.#lastMessage('error', { code: reason, message: deadlineExceeded().message });
-      // It comes back through the stream like any other message, unless the stream fails.
-      await this.#links.tokens.publish([last], this.#encoding).catch(() => false);
-      this.#deliver([last]);
-      this.#links.publishCancel(this.id);
-      return;
+    if (this.#nextIndex === 0 || isUnheard) {
+      const end = this.#endOf(reason);
+      // Only a replay tells sequences; by the last attempt there was one.
+      const stored = await this.#links.tokens
+        .append([end], this.#encoding, this.#nextIndex === 0 ? 0 : this.#lastSequence)
+        .catch((cause: unknown) => (asLaminaError(cause).code === 'duplicate_id' ? 'taken' : undefined));
+      if (this.isClosed) return;
+      // A stream that fails must not keep the client.
+      if (typeof stored === 'number' || (stored === undefined && isUnheard)) {
+        this.#deliver([end]);
+        this.#links.publishCancel(this.id);
+        return;
+      }
     }
     this.#links.publishCancel(this.id);
     if (!this.#isReplaying) await this.repair();
     this.#after(CANCEL_RETRY_MS, () => this.#giveUp(reason, attempt + 1));
   }
 
-  #lastMessage(finishReason: 'cancelled' | 'error', error?: ErrorBody): TokenMessage {
+  #endOf(reason: 'cancelled' | 'deadline_exceeded'): TokenMessage {
     const completionTokens = this.#nextIndex;
-    return {
-      id: this.id,
-      index: completionTokens,
-      token: null,
-      text: '',
-      finish_reason: finishReason,
-      ...(error === undefined
-        ? {
-            usage: {
-              prompt_tokens: this.#promptTokens,
-              completion_tokens: completionTokens,
-              total_tokens: this.#promptTokens + completionTokens,
-            },
-          }
-        : { error }),
-    };
+    if (reason === 'deadline_exceeded') return failedEnd(this.id, completionTokens, deadlineExceeded());
+    return cancelledEnd(this.id, { promptTokens: this.#promptTokens, completionTokens });
   }
 
   #after(delayMs: number, run: () => Promise<void>): void {
@@ -295,14 +286,6 @@ export class Relay {
     for (const timer of this.#timers) clearTimeout(timer);
     this.#timers.clear();
   }
-}
-
-export function deadlineExceeded(): LaminaError {
-  return new LaminaError('deadline_exceeded', 'deadline_ms passed before the answer was complete');
-}
-
-function errorBodyOf({ code, message, retryAfterMs }: LaminaError): ErrorBody {
-  return { code, message, ...(retryAfterMs !== undefined && { retryAfterMs }) };
 }
 
 function checkMessages(messages: readonly TokenMessage[], requestId: string): void {

@@ -7,26 +7,22 @@
  */
 import type { TokenStream, WorkQueue } from '@lamina/bus';
 
-export type RequestState =
-  | { readonly kind: 'unknown' }
-  /** Waits for an executor, or is computed by one. */
-  | { readonly kind: 'working'; readonly sequence: number }
-  /** Its answer is stored whole. */
-  | { readonly kind: 'ended' }
-  /** A part of its answer is stored, and nobody works on the rest. */
-  | { readonly kind: 'cut' };
+/**
+ * working: waits for an executor, or is computed by one. ended: its answer is stored whole. cut: a part of its answer is
+ * stored, and nobody works on the rest.
+ */
+export type RequestState = 'unknown' | 'working' | 'ended' | 'cut';
 
 export interface RequestTraces {
   readonly tokens: Pick<TokenStream, 'endOf'>;
-  readonly queue: Pick<WorkQueue, 'find'>;
+  readonly queue: Pick<WorkQueue, 'has'>;
 }
 
 /** @throws LaminaError `unavailable` when the streams cannot be read. */
 export async function locate({ tokens, queue }: RequestTraces, requestId: string): Promise<RequestState> {
-  if ((await tokens.endOf(requestId))?.isComplete === true) return { kind: 'ended' };
-  const sequence = await queue.find(requestId);
-  if (sequence !== undefined) return { kind: 'working', sequence };
+  if ((await tokens.endOf(requestId))?.isComplete === true) return 'ended';
+  if (await queue.has(requestId)) return 'working';
   const stored = await tokens.endOf(requestId);
-  if (stored === undefined) return { kind: 'unknown' };
-  return { kind: stored.isComplete ? 'ended' : 'cut' };
+  if (stored === undefined) return 'unknown';
+  return stored.isComplete ? 'ended' : 'cut';
 }

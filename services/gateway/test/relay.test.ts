@@ -29,13 +29,17 @@ const token = (index: number, last = false): TokenMessage => ({
 const bytes = (...messages: TokenMessage[]): Uint8Array => encodeTokens(messages, 'json');
 
 /** Plays the bus and the client; `live` and `stored` are what a relay listens to at the moment. */
-function bench(overrides: Partial<RelayLinks['queue']> = {}, located: RequestState = { kind: 'unknown' }) {
+function bench(overrides: Partial<RelayLinks['queue']> = {}, located: RequestState = 'unknown') {
   const state = {
     live: undefined as ((data: Uint8Array) => void) | undefined,
-    stored: undefined as ((data: Uint8Array) => void) | undefined,
+    stored: undefined as ((data: Uint8Array, sequence?: number) => void) | undefined,
     replays: 0,
     cancels: 0,
     published: [] as TokenMessage[],
+    /** What `append` was told to be the last message. */
+    expected: [] as number[],
+    refusal: undefined as LaminaError | undefined,
+    isStreamDown: false,
     sent: [] as TokenMessage[],
     finals: 0,
     outcomes: [] as string[],
@@ -48,15 +52,18 @@ function bench(overrides: Partial<RelayLinks['queue']> = {}, located: RequestSta
       },
       replay: async (_, callback) => {
         state.replays++;
-        state.stored = callback;
+        state.stored = (data, sequence = 0) => callback(data, false, sequence);
         return { unsubscribe: () => (state.stored = undefined) };
       },
-      publish: async (tokens) => {
+      append: async (tokens, _, lastSequence) => {
+        state.expected.push(lastSequence);
+        if (state.refusal !== undefined) throw state.refusal;
+        if (state.isStreamDown) return undefined;
         state.published.push(...tokens);
-        return true;
+        return lastSequence + 1;
       },
     },
-    queue: { submit: async () => 1, remove: async () => true, ...overrides },
+    queue: { submit: async () => 1, ...overrides },
     locate: async () => located,
     publishCancel: () => state.cancels++,
   };
@@ -109,7 +116,7 @@ describe('tokens', () => {
   test('of the same request that somebody else has submitted are read from the start', async () => {
     let refuse: (error: Error) => void = () => undefined;
     const submit = (): Promise<number> => new Promise((_, reject) => (refuse = reject));
-    const { relay, state, indices, isClean } = bench({ submit }, { kind: 'working', sequence: 4 });
+    const { relay, state, indices, isClean } = bench({ submit }, 'working');
     const submitted = relay.submit(item);
     state.live?.(bytes(token(1)));
     refuse(new LaminaError('duplicate_id', 'used'));
@@ -188,7 +195,21 @@ describe('cancel', () => {
     expect(state.sent).toMatchObject([
       { index: 0, token: null, finish_reason: 'cancelled', usage: { total_tokens: 2 } },
     ]);
-    expect(state.published).toHaveLength(1);
+    expect([state.published.length, state.expected]).toEqual([1, [0]]);
+    expect(isClean()).toBe(true);
+  });
+
+  test('is not answered by the gateway when the executor stores a token in the same moment', async () => {
+    const { relay, state, indices, isClean } = bench();
+    await relay.submit(item);
+    state.refusal = new LaminaError('duplicate_id', 'the answer has messages');
+    relay.cancel();
+    await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS);
+    expect([state.expected, state.outcomes, state.replays]).toEqual([[0], [], 1]);
+    state.stored?.(bytes(token(0)), 5);
+    state.stored?.(bytes({ id: 'r', index: 1, token: null, text: '', finish_reason: 'cancelled' }), 6);
+    expect(indices()).toEqual([0, 1]);
+    expect([state.published, state.outcomes, state.finals]).toEqual([[], ['cancelled'], 1]);
     expect(isClean()).toBe(true);
   });
 
@@ -205,17 +226,14 @@ describe('cancel', () => {
     expect(isClean()).toBe(true);
   });
 
-  test('of a request whose executor died is answered by the gateway, which removes the item', async () => {
-    const removed: number[] = [];
-    const { relay, state, indices, isClean } = bench({
-      submit: async () => 17,
-      remove: async (sequence) => removed.push(sequence) > 0,
-    });
+  test('of a request whose executor died is answered by the gateway, behind the last token that is stored', async () => {
+    const { relay, state, indices, isClean } = bench();
     await relay.submit(item);
     state.live?.(bytes(token(0), token(1)));
     relay.cancel();
     await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS + 2_000);
-    expect([state.outcomes, removed]).toEqual([[], []]);
+    state.stored?.(bytes(token(0), token(1)), 17);
+    expect([state.outcomes, state.expected]).toEqual([[], []]);
     await vi.advanceTimersByTimeAsync(1_000);
     expect(indices()).toEqual([0, 1, 2]);
     expect(state.sent.at(-1)).toMatchObject({
@@ -224,13 +242,14 @@ describe('cancel', () => {
       usage: { completion_tokens: 2 },
     });
     expect(state.published).toEqual([state.sent.at(-1)]);
-    expect(removed).toEqual([17]);
+    expect(state.expected).toEqual([17]);
     expect(state.cancels).toBe(4);
     expect(isClean()).toBe(true);
   });
 
-  test('of such a request is answered also when the queue cannot be reached', async () => {
-    const { relay, state, isClean } = bench({ remove: () => Promise.reject(new Error('no queue')) });
+  test('of such a request is answered also when the stream takes nothing', async () => {
+    const { relay, state, isClean } = bench();
+    state.isStreamDown = true;
     await relay.submit(item);
     relay.cancel();
     await vi.advanceTimersByTimeAsync(EXECUTOR_ANSWER_MS + 3_000);

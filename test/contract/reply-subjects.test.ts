@@ -1,0 +1,210 @@
+/**
+ * Reply subjects that a client chooses: nats-server answers there by itself and asks no permission of its answer, so what
+ * reads like a reply must not do as a call. Every JetStream call, on a real server, as the reply of everything that a
+ * durable-client may send.
+ */
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
+import { writeNatsUsers } from '@lamina/cli';
+import { permissionsOf, STREAMS, SUBJECTS, type WorkItem } from '@lamina/protocol';
+import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
+import { connect, type JetStreamManager, type NatsConnection } from 'nats';
+import { afterEach, beforeEach, expect, test } from 'vitest';
+import { token } from './gateway-bench.ts';
+import { store } from './store-answer.ts';
+
+let directory: string;
+let server: NatsServer;
+let operator: NatsConnection;
+let manager: JetStreamManager;
+let attacker: NatsConnection;
+let service: Bus;
+
+const login = (user: string): Promise<NatsConnection> =>
+  connect({
+    servers: server.url,
+    user,
+    pass: readFileSync(join(directory, user, 'password'), 'utf8').trim(),
+    inboxPrefix: `_INBOX.${user}`,
+  });
+
+const ITEM: WorkItem = {
+  id: 'waits',
+  model: 'm',
+  tokenIds: [1],
+  maxTokens: 1,
+  sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
+  stop: [],
+  logprobs: null,
+  ignoreEos: false,
+  priority: 0,
+  deadlineAtMs: null,
+  encoding: 'json',
+  submittedAtMs: 1,
+};
+
+beforeEach(async () => {
+  directory = mkdtempSync(join(tmpdir(), 'lamina-replies-'));
+  const usersFile = await writeNatsUsers(directory, {
+    clients: [{ name: 'dora', role: 'durable-client' }],
+    anonymous: null,
+  });
+  server = await startNatsServer({ configuration: readFileSync(usersFile, 'utf8') });
+  const access = { user: 'gateway', passwordFile: join(directory, 'gateway', 'password') };
+  service = await Bus.connect(
+    { url: server.url, name: 'test', connectTimeoutMs: 5_000, access },
+    { onError: () => undefined },
+  );
+  await ensureStreams(service);
+  operator = await login('operator');
+  manager = await operator.jetstreamManager();
+  attacker = await login('dora');
+  await attacker.jetstream().publish(SUBJECTS.prompts, 'Hi');
+  const queue = new WorkQueue(service);
+  const tokens = new TokenStream(service, () => undefined);
+  // As many of each as sequences in what the server will say.
+  for (let index = 0; index < 200; index++) {
+    await store(tokens, [token('kept', index)]);
+    await queue.submit({ ...ITEM, id: `waits-${index}` });
+  }
+});
+afterEach(async () => {
+  await Promise.all([operator.close(), attacker.close(), service.close()]);
+  await server.stop();
+  rmSync(directory, { recursive: true, force: true });
+});
+
+const CALLS = [
+  '$JS.API.INFO',
+  ...['NAMES', 'LIST', 'CREATE.x', 'TEMPLATE.CREATE.x'].map((call) => `$JS.API.STREAM.${call}`),
+  '$JS.API.ACCOUNT.PURGE.x',
+  '$JS.API.META.LEADER.STEPDOWN',
+  '$JS.API.SERVER.REMOVE',
+  ...Object.values(STREAMS).flatMap(({ name }) => [
+    ...['CREATE', 'UPDATE', 'INFO', 'DELETE', 'PURGE', 'SNAPSHOT', 'RESTORE', 'MSG.GET', 'MSG.DELETE'].map(
+      (call) => `$JS.API.STREAM.${call}.${name}`,
+    ),
+    ...['PEER.REMOVE', 'LEADER.STEPDOWN'].map((call) => `$JS.API.STREAM.${call}.${name}`),
+    ...['CREATE', 'NAMES', 'LIST'].map((call) => `$JS.API.CONSUMER.${call}.${name}`),
+    `$JS.API.DIRECT.GET.${name}`,
+    `$JS.API.CONSUMER.CREATE.${name}.new`,
+    `$JS.API.CONSUMER.DURABLE.CREATE.${name}.new`,
+    ...['INFO', 'DELETE', 'MSG.NEXT', 'LEADER.STEPDOWN', 'PAUSE', 'UNPIN'].flatMap((call) =>
+      ['gateways', 'dense-executors', 'mine'].map((consumer) => `$JS.API.CONSUMER.${call}.${name}.${consumer}`),
+    ),
+    `$JS.ACK.${name}.dense-executors.1.1.1.1.1`,
+    `$JS.ACK.${name}.gateways.1.1.1.1.1`,
+    `$JS.FC.${name}.dense-executors.x`,
+  ]),
+];
+
+/** All that must not change, whatever a durable-client sends: prompts are added, answers and work are not touched. */
+async function cluster(): Promise<unknown> {
+  const streams: unknown[] = [];
+  for await (const { config, state } of manager.streams.list()) {
+    const consumers: unknown[] = [];
+    for await (const each of manager.consumers.list(config.name)) {
+      if (each.name === 'mine') continue;
+      const { delivered, ack_floor, num_ack_pending } = each;
+      consumers.push({ name: each.name, config: each.config, delivered, ack_floor, num_ack_pending });
+    }
+    const { first_seq, last_seq, messages } = state;
+    const kept = config.name === STREAMS.prompts.name ? { first_seq } : { first_seq, last_seq, messages };
+    streams.push({ config, kept, consumers });
+  }
+  return streams;
+}
+
+async function settle(): Promise<void> {
+  await attacker.flush();
+  await operator.flush();
+  await new Promise((resolve) => setTimeout(resolve, 300));
+}
+
+test('a stored prompt’s confirmation does as no call of JetStream', async () => {
+  const before = await cluster();
+  for (let round = 0; round < 2; round++)
+    for (const reply of CALLS) attacker.publish(SUBJECTS.prompts, Buffer.from('Hi'), { reply });
+  await settle();
+  // It was stored each time, so it was confirmed each time; the server stores nothing that wants an acknowledgement.
+  const stored = 1 + 2 * CALLS.filter((call) => !call.startsWith('$JS.ACK')).length;
+  expect((await manager.streams.info(STREAMS.prompts.name)).state.messages).toBe(stored);
+  expect(await cluster()).toEqual(before);
+});
+
+test('what JetStream answers a durable-client does as no call of JetStream', async () => {
+  // A consumer of its own, which it may make.
+  const name = STREAMS.tokens.name;
+  await manager.consumers.add(name, { durable_name: 'mine', deliver_subject: '_INBOX.dora.x', idle_heartbeat: 1e8 });
+  const before = await cluster();
+  const granted = CALLS.filter((call) =>
+    permissionsOf('durable-client').publish.some((pattern) =>
+      new RegExp(
+        `^${pattern.replaceAll('.', '\\.').replaceAll('$', '\\$').replace(/>$/, '.*').replaceAll('*', '[^.]*')}$`,
+      ).test(call),
+    ),
+  );
+  expect(granted.length).toBeGreaterThan(5);
+  const bodies = [
+    '',
+    '{"seq":1}',
+    '{"last_by_subj":"lamina.v1.tokens.kept"}',
+    '{"stream_name":"LAMINA_TOKENS","config":{}}',
+  ];
+  for (const call of granted)
+    for (const reply of CALLS)
+      for (const body of bodies)
+        if (!/CONSUMER\.(CREATE|DELETE)/.test(call)) attacker.publish(call, Buffer.from(body), { reply });
+  await settle();
+  expect(await cluster()).toEqual(before);
+});
+
+test('what JetStream pushes to a subject of a durable-client’s choice does as no call of JetStream', async () => {
+  const before = await cluster();
+  const inbox = '_INBOX.dora.made';
+  const made: string[] = [];
+  attacker.subscribe(inbox, { callback: (_, { data }) => made.push(Buffer.from(data).toString()) });
+  const targets = CALLS.filter((call) => /PURGE|DELETE|UPDATE|REMOVE|ACK/.test(call));
+  for (const [index, deliver] of targets.entries()) {
+    const config = { name: `push-${index}`, deliver_subject: deliver, ack_policy: 'none', deliver_policy: 'all' };
+    const flow = { flow_control: true, idle_heartbeat: 100_000_000, headers_only: index % 2 === 0, mem_storage: true };
+    const body = JSON.stringify({ stream_name: STREAMS.tokens.name, config: { ...config, ...flow } });
+    const call = `$JS.API.CONSUMER.CREATE.${STREAMS.tokens.name}.push-${index}`;
+    attacker.publish(call, Buffer.from(body), { reply: inbox });
+  }
+  await settle();
+  await settle();
+  expect(made).toHaveLength(targets.length);
+  // It may make consumers of answers; nothing else has changed, and none of them was pushed anything.
+  const after: unknown = JSON.parse(
+    JSON.stringify(await cluster(), (key, value) =>
+      key === 'consumers' ? value.filter((each: { name: string }) => !each.name.startsWith('push-')) : value,
+    ),
+  );
+  expect(after).toEqual(JSON.parse(JSON.stringify(before)));
+});
+
+test('a durable-client can neither pull nor acknowledge: both are answered with an empty message wherever it likes', async () => {
+  await manager.consumers.add(STREAMS.tokens.name, { durable_name: 'mine', ack_policy: 'explicit' as never });
+  const before = await cluster();
+  const refused: string[] = [];
+  void (async () => {
+    for await (const { permissionContext } of attacker.status())
+      if (permissionContext !== undefined) refused.push(permissionContext.subject);
+  })();
+  const reply = `$JS.API.STREAM.DELETE.${STREAMS.work.name}`;
+  const pull = `$JS.API.CONSUMER.MSG.NEXT.${STREAMS.tokens.name}.mine`;
+  const ack = `$JS.ACK.${STREAMS.tokens.name}.mine.1.1.1.1.1`;
+  attacker.publish(pull, Buffer.from('{"no_wait":true,"batch":300}'), { reply });
+  for (const body of ['+ACK', '+NXT', '-NAK', '+TERM']) attacker.publish(ack, Buffer.from(body), { reply });
+  await settle();
+  expect(new Set(refused)).toEqual(new Set([pull, ack]));
+  expect(await cluster()).toEqual(before);
+  // Not the permission, the server would have: as somebody who may pull.
+  operator.publish(pull, Buffer.from('{"no_wait":true,"batch":300}'), { reply });
+  await operator.flush();
+  await settle();
+  await expect(manager.streams.info(STREAMS.work.name)).rejects.toThrow(/stream not found/);
+});
