@@ -349,7 +349,9 @@ describe('cancel', () => {
 });
 
 test('a deadline that passes in the queue is answered', async () => {
-  const last = await ask({ prompt: 'Hi', deadline_ms: 50 }).final();
+  const client = ask({ prompt: 'Hi', deadline_ms: 1_000 });
+  await eventually(async () => ((await workMessages()) === 1 ? true : undefined));
+  const last = await client.final();
   expect(last.error?.code).toBe('deadline_exceeded');
   expect(await dropEnded(queue, tokens)).toEqual(last);
 });

@@ -344,6 +344,53 @@ describe('API keys', () => {
     expect((await alice).status).toBe(200);
   });
 
+  test('keep clients apart: neither sees, cancels nor shares what another has under the same id', async () => {
+    await restart(['--api-keys-file', keysFile('alice:sk-0123456789abcdef\nbob:sk-fedcba9876543210\n')]);
+    const [alice, bob] = ['sk-0123456789abcdef', 'sk-fedcba9876543210'].map((key) => `Bearer ${key}`);
+    const ask = (authorization: string, prompt: string, id?: string): Promise<Response> =>
+      post(
+        '/v1/completions',
+        { prompt },
+        { headers: { authorization, ...(id !== undefined && { 'Idempotency-Key': id }) } },
+      );
+    const of = (authorization: string, path: string, method = 'GET'): Promise<Response> =>
+      fetch(`${url}/v1/requests/${path}`, { method, headers: { authorization } });
+    const ofAlice = ask(alice!, 'Hi', 'shared');
+    const aliceWork = await lease();
+    // What a client chose is in no subject: it cannot meet an id that somebody chose on NATS.
+    expect(aliceWork.item.id).not.toContain('shared');
+    for (const [path, method] of [['shared'], ['shared/events'], ['shared', 'DELETE']] as const) {
+      const response = await of(bob!, path, method);
+      expect([response.status, Object(await response.json()).error.code]).toEqual([404, 'unknown_request']);
+    }
+    const direct = await of(bob!, aliceWork.item.id);
+    expect(direct.status).toBe(404);
+    expect(await (await of(alice!, 'shared')).json()).toEqual({ id: 'shared', state: 'working' });
+    const ofBob = ask(bob!, 'Hello you', 'shared');
+    const bobWork = await lease();
+    expect(bobWork.item.tokenIds).not.toEqual(aliceWork.item.tokenIds);
+    await answerWith(tokens, bobWork, 1);
+    await answerWith(tokens, aliceWork, 3);
+    for (const [asked, text] of [
+      [ofAlice, 't0t1t2'],
+      [ofBob, 't0'],
+    ] as const) {
+      const response = await asked;
+      expect(response.headers.get('lamina-request-id')).toBe('shared');
+      expect(await response.json()).toMatchObject({ id: 'shared', choices: [{ text }] });
+    }
+    // Each comes back for its own, also under an id that the gateway made.
+    expect(await (await ask(alice!, 'Hi', 'shared')).json()).toMatchObject({ choices: [{ text: 't0t1t2' }] });
+    const events = await (await of(bob!, 'shared/events')).text();
+    expect(events).toContain('"id":"shared"');
+    expect(events).not.toContain('"index":1');
+    const unnamed = ask(alice!, 'Hi');
+    await answerWith(tokens, await lease(), 1);
+    const { id } = Object(await (await unnamed).json());
+    expect(await (await of(alice!, id)).json()).toEqual({ id, state: 'ended' });
+    expect((await of(bob!, id)).status).toBe(404);
+  });
+
   test.for(['', '# nothing\n', 'alice sk-0123456789abcdef', 'alice:short', 'a.b:sk-0123456789abcdef'])(
     'in a file like "%s" end the start, and are not shown',
     async (text) => {

@@ -91,9 +91,12 @@ export class Gateway {
     this.open(parsed, sink, client);
   }
 
-  /** Starts answering a request into `sink`. The one entrance for every protocol that a gateway speaks. */
-  open({ request, encoding }: ParsedGenerateBody, sink: AnswerSink, client: string): Relay {
-    const relay = this.#createRelay(request.id ?? createId(), encoding, sink);
+  /**
+   * Starts answering a request into `sink`. The one entrance for every protocol that a gateway speaks.
+   * @param id Under which the cluster knows it, where that is not what the client calls it.
+   */
+  open({ request, encoding }: ParsedGenerateBody, sink: AnswerSink, client: string, id?: string): Relay {
+    const relay = this.#createRelay(id ?? request.id ?? createId(), encoding, sink);
     if (request.id !== undefined) this.#named.add(relay);
     if (this.#enter(relay, client))
       this.#start(relay, request, encoding, client).catch((cause: unknown) => this.#fail(relay, cause));
@@ -220,7 +223,7 @@ export class Gateway {
     client: string,
   ): Promise<void> {
     const receivedAtMs = Date.now();
-    const state = request.id === undefined ? 'unknown' : await this.#parts.links.locate(request.id);
+    const state = request.id === undefined ? 'unknown' : await this.#parts.links.locate(relay.id);
     if (state === 'working' || state === 'ended') return relay.attach();
     const isContinued = state === 'cut';
     const closing = new AbortController();
@@ -270,7 +273,7 @@ export class Gateway {
   }
 }
 
-/** Safe as a subject token. */
-function createId(): string {
+/** A new id of a request, safe as a subject token. */
+export function createId(): string {
   return randomBytes(ID_BYTES).toString('base64url');
 }

@@ -1,9 +1,12 @@
 /**
- * Owns who may call /v1 and how often: API keys, client ids, the rate of requests.
+ * Owns who may call /v1, how often, and whose requests it sees: API keys, client ids, the rate of requests, names of requests.
  *
  * Invariants
  * 1. With API keys, the key alone says which client it is; without, the header Lamina-Client does, and nobody checks it.
+ * 2. With API keys, a request's id is the client's own name for it: two clients that choose the same have two requests, and
+ *    neither can name, read or cancel the other's. Without keys an id means the same to everybody.
  */
+import { createHash } from 'node:crypto';
 import type { IncomingHttpHeaders } from 'node:http';
 import { LaminaError } from '@lamina/tensor';
 import { clientIdOf } from '../client-id.ts';
@@ -27,6 +30,13 @@ export class Access {
     const client = this.identify(headers);
     this.#rate.take(client);
     return client;
+  }
+
+  /** The id under which the cluster knows what a client calls `name`. */
+  requestIdOf(client: string, name: string): string {
+    if (this.#keys === undefined) return name;
+    // Neither an id has a dot: no two pairs are the same text.
+    return `k-${createHash('sha256').update(`${client}.${name}`).digest('base64url')}`;
   }
 
   /** @throws LaminaError `unauthorized`, `invalid_request` */

@@ -8,7 +8,7 @@
 import { LIMITS } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
-import type { Gateway } from '../gateway.ts';
+import { createId, type Gateway } from '../gateway.ts';
 import type { Access } from './access.ts';
 import { collectAnswer, streamAnswer } from './answers.ts';
 import { CHAT, COMPLETION, type OpenAiFormat, type ReplyFacts } from './openai-reply.ts';
@@ -44,30 +44,28 @@ export function registerOpenAi(server: FastifyInstance, { modelId, gateway, acce
     const client = access.admit(request.headers);
     const { generate, isStream, includeUsage } = read(request.body, request.headers[ID_HEADER]?.toString());
     const afterIndex = lastEventIndex(request);
-    const factsOf = (id: string): ReplyFacts => ({
+    // What the client calls it; its messages have the id that the cluster knows.
+    const id = generate.id ?? createId();
+    const facts: ReplyFacts = {
       id,
       model: modelId,
       created: Math.floor(Date.now() / 1000),
       hasLogprobs: generate.logprobs !== undefined,
-    });
-    const open = (sink: Parameters<Gateway['open']>[1]): string => {
-      const relay = gateway.open({ request: generate, encoding: 'json' }, sink, client);
-      reply.header(REQUEST_ID_HEADER, relay.id);
+    };
+    const open = (sink: Parameters<Gateway['open']>[1]): void => {
+      const parsed = { request: generate, encoding: 'json' as const };
+      const relay = gateway.open(parsed, sink, client, access.requestIdOf(client, id));
+      reply.header(REQUEST_ID_HEADER, id);
       reply.raw.once('close', () => gateway.hangUp(relay));
-      return relay.id;
     };
     if (!isStream) {
       const { sink, messages } = collectAnswer();
-      const id = open(sink);
-      return format.whole(factsOf(id), await messages);
+      open(sink);
+      return format.whole(facts, await messages);
     }
-    let facts: ReplyFacts = factsOf('');
     const { sink, done } = streamAnswer(reply, {
       afterIndex,
-      event: (message) => {
-        facts = { ...facts, id: message.id };
-        return format.chunk(facts, message);
-      },
+      event: (message) => format.chunk(facts, message),
       ending: ({ usage }) => [...(includeUsage ? [format.usageChunk(facts, usage)] : []), '[DONE]'],
     });
     open(sink);

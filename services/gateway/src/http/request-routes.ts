@@ -23,9 +23,9 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
   }
 
   server.get<WithId>('/v1/requests/:id', async ({ headers, params }) => {
-    access.identify(headers);
+    const client = access.identify(headers);
     const id = checkedId(params.id);
-    const state = await gateway.stateOf(id);
+    const state = await gateway.stateOf(access.requestIdOf(client, id));
     if (state === 'unknown') throw unknown(id);
     return { id, state };
   });
@@ -34,23 +34,29 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
     const client = access.admit(request.headers);
     const id = checkedId(request.params.id);
     const afterIndex = lastEventIndex(request);
-    const state = await gateway.stateOf(id);
+    const requestId = access.requestIdOf(client, id);
+    const state = await gateway.stateOf(requestId);
     if (state === 'unknown') throw unknown(id);
     if (state === 'cut')
       throw new LaminaError('unavailable', `nobody works on the rest of "${id}"; send the request again`);
-    const { sink, done } = streamAnswer(reply, { afterIndex, event: (message) => message, ending: () => ['[DONE]'] });
-    const relay = gateway.follow(id, sink, client);
+    const { sink, done } = streamAnswer(reply, {
+      afterIndex,
+      event: (message) => ({ ...message, id }),
+      ending: () => ['[DONE]'],
+    });
+    const relay = gateway.follow(requestId, sink, client);
     reply.raw.once('close', () => gateway.hangUp(relay));
     await done;
     return reply;
   });
 
   server.delete<WithId>('/v1/requests/:id', async ({ headers, params }, reply) => {
-    access.identify(headers);
+    const client = access.identify(headers);
     const id = checkedId(params.id);
+    const requestId = access.requestIdOf(client, id);
     // Also where nothing is known: a durable prompt may still be in its stream.
-    gateway.requestCancel(id);
-    const state = await gateway.stateOf(id);
+    gateway.requestCancel(requestId);
+    const state = await gateway.stateOf(requestId);
     if (state === 'unknown') throw unknown(id);
     return reply.code(state === 'ended' ? 200 : 202).send({ id, state: state === 'ended' ? state : 'cancelling' });
   });
