@@ -1,8 +1,9 @@
 /**
  * Owns the proof that docker-compose.yml works for real: images, containers, a prompt from the host, the same tokens as
- * the uncut graph on this machine, 1 -> 4 attention shards while it runs, a clean stop.
+ * the uncut graph on this machine, 1 -> 4 attention shards while it runs, a clean stop, and the same over TLS.
  */
-import { mkdtemp, rm } from 'node:fs/promises';
+import { execFileSync } from 'node:child_process';
+import { chmod, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { buildModel, loadTokenizer } from '@lamina/model';
@@ -97,11 +98,14 @@ async function blocksUsedPeaks(nats: NatsConnection): Promise<number[]> {
 describe.skipIf(skipReason !== null)('docker-compose', () => {
   let project: ComposeProject;
   let nats: NatsConnection;
+  let certificates: string;
   let expectedShort: readonly number[];
   let expectedLong: readonly number[];
 
   beforeAll(async () => {
+    certificates = await mkdtemp(join(tmpdir(), 'lamina-e2e-certificates-'));
     project = await ComposeProject.create({
+      LAMINA_CERTIFICATES_DIR: certificates,
       LAMINA_KV_DTYPE: 'f32',
       LAMINA_KV_BUDGET_BYTES: '64m',
       LAMINA_SPREAD_ABOVE_TOKENS: '32',
@@ -116,6 +120,7 @@ describe.skipIf(skipReason !== null)('docker-compose', () => {
   afterAll(async () => {
     await nats?.close();
     await project?.remove();
+    await rm(certificates, { recursive: true, force: true });
   });
 
   const showLogsOnFailure = () => onTestFailed(async () => console.error(await project.logs()));
@@ -187,5 +192,22 @@ describe.skipIf(skipReason !== null)('docker-compose', () => {
       expect(container.status).toBe('exited');
       expect([0, 143], `${container.service} ended with ${container.exitCode}`).toContain(container.exitCode);
     }
+  });
+
+  it('answers over TLS with deploy/compose.tls.yml, and speaks to nobody without it', async () => {
+    showLogsOnFailure();
+    const startMs = Date.now();
+    execFileSync(join(REPO_ROOT, 'deploy/make-certificates.sh'), [certificates]);
+    // The server of the container is another user than ours; this key is for this test.
+    await chmod(join(certificates, 'server-key.pem'), 0o644);
+    await project.compose('down', '--timeout', '5');
+    project.overlay('deploy/compose.tls.yml');
+    await project.up(1);
+    await project.ready(120_000);
+    nats = await connect({ servers: project.natsUrl, tls: { caFile: join(certificates, 'ca.pem') } });
+    expect(nats.info?.tls_required).toBe(true);
+    expect(await generate(nats, SHORT_TOKENS)).toEqual(expectedShort);
+    await expect(connect({ servers: project.natsUrl, reconnect: false })).rejects.toThrow(/certificate/i);
+    console.info(`over TLS after ${((Date.now() - startMs) / 1000).toFixed(1)} s`);
   });
 });

@@ -76,6 +76,7 @@ export class ComposeProject {
   readonly #name: string;
   readonly #compose: { command: string; first: readonly string[] };
   readonly #env: Readonly<Record<string, string>>;
+  #files: readonly string[] = [];
 
   private constructor(
     name: string,
@@ -109,7 +110,12 @@ export class ComposeProject {
   }
 
   compose(...args: string[]): Promise<string> {
-    return run(this.#compose.command, [...this.#compose.first, '-p', this.#name, ...args], this.#env);
+    return run(this.#compose.command, [...this.#compose.first, ...this.#files, '-p', this.#name, ...args], this.#env);
+  }
+
+  /** From now on with another file over docker-compose.yml, given from the root of the repository. */
+  overlay(file: string): void {
+    this.#files = ['-f', 'docker-compose.yml', '-f', file];
   }
 
   build(): Promise<string> {
