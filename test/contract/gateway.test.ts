@@ -1,96 +1,12 @@
-/** The gateway over a real nats-server; the test plays its clients, the kv-manager and the executor. */
-import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
-import {
-  decodeTokens,
-  type KvStatus,
-  packMessage,
-  STREAMS,
-  SUBJECTS,
-  TOKENS_HEADER,
-  type TokenMessage,
-} from '@lamina/protocol';
-import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+/** What a gateway makes of a prompt, over a real nats-server: a work item, or an error at once; health and ports. */
+import { packMessage, SUBJECTS } from '@lamina/protocol';
+import { describe, expect, test } from 'vitest';
 import { startGateway } from '../../services/gateway/src/service.ts';
-import { answerWith, dropEnded, GATEWAY_FLAGS, messagesIn, playKvManager, READY, token } from './gateway-bench.ts';
-import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
-import { store } from './store-answer.ts';
+import { GATEWAY_FLAGS, READY, token } from './gateway-bench.ts';
+import { startInProcess } from './in-process.ts';
+import { answer, ask, bus, gateway, kv, lease, nats, useGateway, workMessages } from './running-gateway.ts';
 
-let nats: NatsServer;
-let bus: Bus;
-let gateway: InProcessService;
-let queue: WorkQueue;
-let tokens: TokenStream;
-let kvStatus: KvStatus;
-let statusRequests: number;
-
-beforeAll(async () => {
-  nats = await startNatsServer();
-  bus = await connect(nats.url);
-  await playKvManager(bus, () => {
-    statusRequests++;
-    return kvStatus;
-  });
-});
-afterAll(async () => {
-  await bus.close();
-  await nats.stop();
-});
-beforeEach(async () => {
-  kvStatus = READY;
-  statusRequests = 0;
-  await start();
-});
-afterEach(async () => {
-  await gateway.stop();
-  expect(await workMessages()).toBe(0);
-});
-
-async function start(flags: readonly string[] = []): Promise<void> {
-  gateway = await startInProcess('gateway', startGateway, nats.url, [...GATEWAY_FLAGS, ...flags]);
-  queue = new WorkQueue(bus);
-  tokens = new TokenStream(bus, () => undefined);
-}
-
-interface Client {
-  readonly messages: TokenMessage[];
-  readonly bodies: Uint8Array[];
-  readonly isFinal: () => boolean;
-  readonly final: () => Promise<TokenMessage>;
-}
-
-/** An ordinary client: a body and a reply subject. */
-function ask(body: Uint8Array | object | string): Client {
-  const data = body instanceof Uint8Array ? body : Buffer.from(typeof body === 'string' ? body : JSON.stringify(body));
-  const messages: TokenMessage[] = [];
-  const bodies: Uint8Array[] = [];
-  let finals = 0;
-  const subscription = bus.requestStream(SUBJECTS.generate, data, (reply) => {
-    if (reply === undefined) throw new Error('no gateway');
-    bodies.push(reply.data);
-    messages.push(...decodeTokens(reply.data));
-    if (reply.header('Lamina-Final') === 'true') finals++;
-  });
-  return {
-    messages,
-    bodies,
-    isFinal: () => finals > 0,
-    final: async () => {
-      await eventually(() => (finals > 0 ? true : undefined));
-      await bus.flush();
-      subscription.unsubscribe();
-      expect(finals).toBe(1);
-      return messages.at(-1)!;
-    },
-  };
-}
-
-function lease(): Promise<WorkLease> {
-  return eventually(() => queue.lease(1_000, () => undefined));
-}
-
-const answer = (work: WorkLease, count?: number): Promise<void> => answerWith(tokens, work, count);
-const workMessages = (): Promise<number> => messagesIn(bus, 'work');
+useGateway();
 
 describe('a prompt', () => {
   test('as text is tokenized, completed with defaults and answered in JSON', async () => {
@@ -149,7 +65,7 @@ describe('a prompt', () => {
     const clients = Array.from({ length: 20 }, () => ask('Hi'));
     for (let count = 0; count < 20; count++) await answer(await lease(), 1);
     for (const client of clients) await client.final();
-    expect(statusRequests).toBe(1);
+    expect(kv.requests).toBe(1);
   });
 });
 
@@ -201,7 +117,7 @@ describe('a cluster that cannot answer', () => {
     ['serves another model', { executors: [{ executorId: 'e', modelId: 'big' }] }, 'big'],
     ['has no shard', { shards: [] }, 'attention-shard'],
   ] as const)('because it %s', async ([, change, hint]) => {
-    kvStatus = {
+    kv.status = {
       ...READY,
       ...change,
       executors: [...('executors' in change ? change.executors : READY.executors)],
@@ -209,161 +125,11 @@ describe('a cluster that cannot answer', () => {
     };
     const last = await ask('Hi').final();
     expect(last.error).toMatchObject({ code: 'unavailable', message: expect.stringContaining(hint) });
-    kvStatus = READY;
+    kv.status = READY;
     const client = ask('Hi');
     await answer(await lease(), 1);
     expect((await client.final()).finish_reason).toBe('length');
   });
-});
-
-describe('the same id twice is one request:', () => {
-  const TOKENS = [token('same', 0), token('same', 1), token('same', 2, 'length')];
-
-  test('both get the whole answer, and so does who asks when it has ended', async () => {
-    const first = ask({ id: 'same', prompt: 'Hi' });
-    const work = await lease();
-    const second = ask({ id: 'same', prompt: 'Hi' });
-    await answer(work);
-    await Promise.all([first.final(), second.final()]);
-    const third = ask({ id: 'same', prompt: 'Hi' });
-    await third.final();
-    for (const { messages } of [first, second, third]) expect(messages).toEqual(TOKENS);
-    expect(await workMessages()).toBe(0);
-  });
-
-  test('at the same moment', async () => {
-    const clients = Array.from({ length: 8 }, () => ask({ id: 'same-1', prompt: 'Hi' }));
-    await answer(await lease());
-    for (const client of clients) {
-      await client.final();
-      expect(client.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
-    }
-    expect(await queue.lease(1_000, () => undefined)).toBeUndefined();
-  });
-
-  test('each in the encoding that it asks in', async () => {
-    const json = ask({ id: 'same-2', prompt: 'Hi' });
-    const work = await lease();
-    const msgpack = ask(packMessage({ id: 'same-2', prompt: 'Hi' }));
-    await answer(work, 1);
-    await Promise.all([json.final(), msgpack.final()]);
-    expect(json.bodies[0]![0]).toBe(0x7b);
-    expect(Buffer.from(msgpack.bodies[0]!)).toEqual(Buffer.from(packMessage(token('same-2', 0, 'length'))));
-  });
-
-  test('another gateway takes up what a dead one had', async () => {
-    const lost = ask({ id: 'same-3', prompt: 'Hi' });
-    const work = await lease();
-    await store(tokens, [token('same-3', 0)]);
-    await eventually(() => (lost.messages.length === 1 ? true : undefined));
-    await gateway.crash();
-    await start();
-    const again = ask({ id: 'same-3', prompt: 'Hi' });
-    await store(tokens, [token('same-3', 1)]);
-    await store(tokens, [token('same-3', 2, 'stop')]);
-    work.complete();
-    await again.final();
-    expect(again.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
-    expect(lost.isFinal()).toBe(false);
-  });
-
-  test('the rest of an answer whose work item was lost is computed', async () => {
-    await store(tokens, [token('same-4', 0), token('same-4', 1)]);
-    const client = ask({ id: 'same-4', prompt: 'Hi' });
-    const work = await lease();
-    expect(work.item.isContinued).toBe(true);
-    await store(tokens, [token('same-4', 2, 'stop')]);
-    work.complete();
-    await client.final();
-    expect(client.messages.map(({ index }) => index)).toEqual([0, 1, 2]);
-  });
-});
-
-describe('tokens', () => {
-  test('that are published twice or lost on the way reach the client once and in order', async () => {
-    const client = ask({ id: 'lossy', prompt: 'Hi' });
-    const work = await lease();
-    const stored = [0, 1, 2].map((index) => token('lossy', index));
-    await store(tokens, stored.slice(0, 1));
-    const unasked = (index: number): void => {
-      const data = Buffer.from(JSON.stringify(token('lossy', index)));
-      bus.publishWithHeaders(SUBJECTS.tokens('lossy'), data, { [TOKENS_HEADER]: `${index}-${index}` });
-    };
-    // Only the stream sees these two: as if the connection had dropped them.
-    const manager = await bus.connection.jetstreamManager();
-    await eventually(() => (client.messages.length === 1 ? true : undefined));
-    unasked(0);
-    await manager.streams.info(STREAMS.tokens.name);
-    unasked(3);
-    await store(tokens, stored.slice(1));
-    await store(tokens, [token('lossy', 3)]);
-    await store(tokens, [token('lossy', 4, 'stop')]);
-    work.complete();
-    await client.final();
-    expect(client.messages.map((message) => message.index)).toEqual([0, 1, 2, 3, 4]);
-  });
-});
-
-describe('cancel', () => {
-  test('of a queued request is answered by the gateway; who takes its item is refused', async () => {
-    const client = ask({ id: 'queued', prompt: 'Hi' });
-    await eventually(async () => ((await workMessages()) === 1 ? true : undefined));
-    bus.publish(SUBJECTS.cancel('queued'), new Uint8Array(0));
-    expect(await client.final()).toMatchObject({ id: 'queued', index: 0, token: null, finish_reason: 'cancelled' });
-    await expect(tokens.append([token('queued', 0)], 'json', 0)).rejects.toMatchObject({ code: 'duplicate_id' });
-    expect(await dropEnded(queue, tokens)).toMatchObject({ id: 'queued', finish_reason: 'cancelled' });
-    const replayed: Uint8Array[] = [];
-    const replay = await tokens.replay('queued', (data) => replayed.push(data));
-    await eventually(() => (replayed.length === 1 ? true : undefined));
-    replay.unsubscribe();
-  });
-
-  test('of a running request is answered by the executor', async () => {
-    const client = ask({ id: 'running', prompt: 'Hi' });
-    const work = await lease();
-    await store(tokens, [token('running', 0)]);
-    bus.publish(SUBJECTS.cancel('running'), new Uint8Array(0));
-    await store(tokens, [{ ...token('running', 1, 'cancelled'), token: null, text: '' }]);
-    work.complete();
-    expect(await client.final()).toMatchObject({ index: 1, finish_reason: 'cancelled' });
-  });
-
-  test('of a request that no gateway relays and no executor has is answered all the same', async () => {
-    const lost = ask({ id: 'stray', prompt: 'Hi' });
-    await eventually(async () => ((await workMessages()) === 1 ? true : undefined));
-    await gateway.crash();
-    await start();
-    bus.publish(SUBJECTS.cancel('stray'), new Uint8Array(0));
-    await eventually(async () => ((await tokens.endOf('stray'))?.isComplete ? true : undefined));
-    expect(await dropEnded(queue, tokens)).toMatchObject({ id: 'stray', finish_reason: 'cancelled' });
-    expect(lost.isFinal()).toBe(false);
-  });
-
-  test('of an unknown or malformed id does nothing', async () => {
-    bus.publish(SUBJECTS.cancel('nobody'), new Uint8Array(0));
-    bus.publish(SUBJECTS.cancel('caf\u00e9'), new Uint8Array(0));
-    const client = ask('Hi');
-    await answer(await lease(), 1);
-    expect((await client.final()).finish_reason).toBe('length');
-  });
-});
-
-test('a deadline that passes in the queue is answered', async () => {
-  const client = ask({ prompt: 'Hi', deadline_ms: 1_000 });
-  await eventually(async () => ((await workMessages()) === 1 ? true : undefined));
-  const last = await client.final();
-  expect(last.error?.code).toBe('deadline_exceeded');
-  expect(await dropEnded(queue, tokens)).toEqual(last);
-});
-
-test('more prompts than may be open are refused as overloaded', async () => {
-  await gateway.stop();
-  await start(['--max-open-requests', '2']);
-  const open = [ask('Hi'), ask('Hi')];
-  const works = [await lease(), await lease()];
-  expect((await ask('Hi').final()).error?.code).toBe('overloaded');
-  for (const work of works) await answer(work, 1);
-  for (const client of open) await client.final();
 });
 
 test('a prompt that nobody could be answered for is not run', async () => {
@@ -371,16 +137,6 @@ test('a prompt that nobody could be answered for is not run', async () => {
   await bus.flush();
   await ask('').final();
   expect(await workMessages()).toBe(0);
-});
-
-test('a gateway that stops answers what it took first', async () => {
-  const client = ask('Hi');
-  const work = await lease();
-  const stopped = gateway.stop();
-  await answer(work);
-  expect((await client.final()).finish_reason).toBe('length');
-  await stopped;
-  await start();
 });
 
 test('HTTP tells health, metrics and what is not there', async () => {
@@ -391,7 +147,7 @@ test('HTTP tells health, metrics and what is not there', async () => {
     200,
     { status: 'ok', model: 'lamina-tiny', executors: 1, shards: 1, freeBlocks: 30 },
   ]);
-  kvStatus = { ...READY, shards: [] };
+  kv.status = { ...READY, shards: [] };
   const unwell = await fetch(`${url}/health`);
   expect([unwell.status, await unwell.json()]).toEqual([
     503,
