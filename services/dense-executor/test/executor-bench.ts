@@ -98,6 +98,8 @@ export interface BenchRequest {
   readonly maxTokens: number;
   readonly deliveryCount?: number;
   readonly deadlineAtMs?: number;
+  /** Since the gateway got it; default 0. */
+  readonly waitedMs?: number;
 }
 
 /** One executor of two waves. */
@@ -109,6 +111,10 @@ export class Bench {
   readonly completed: string[] = [];
   /** Another process writes to the answers. */
   isTakenOver = false;
+  /** What the stream has of every answer. */
+  stored: readonly TokenMessage[] = [];
+  /** How often the stream was asked for that. */
+  numReads = 0;
   /** Steps in flight by wave. */
   readonly steps = new Map<number, StepRequest>();
   /** What the workers were told to abort. */
@@ -122,7 +128,10 @@ export class Bench {
       scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256, speculation }, 2),
       tokens: {
         isClosed: false,
-        stored: () => Promise.resolve({ tokens: [], lastSequence: 0 }),
+        stored: () => {
+          this.numReads++;
+          return Promise.resolve({ tokens: this.stored, lastSequence: this.stored.length });
+        },
         append: (tokens, _encoding, lastSequence) => {
           if (this.isTakenOver) return Promise.reject(new LaminaError('duplicate_id', 'scripted'));
           this.messages.push(...tokens);
@@ -141,7 +150,15 @@ export class Bench {
     this.executor.connect(kv, pool, LAYOUT);
   }
 
-  admit({ id, numPromptTokens = 1, tokenIds, maxTokens, deliveryCount = 1, deadlineAtMs }: BenchRequest): void {
+  admit({
+    id,
+    numPromptTokens = 1,
+    tokenIds,
+    maxTokens,
+    deliveryCount = 1,
+    deadlineAtMs,
+    waitedMs = 0,
+  }: BenchRequest): void {
     const lease: WorkLease = {
       item: {
         id,
@@ -155,7 +172,7 @@ export class Bench {
         priority: 0,
         deadlineAtMs: deadlineAtMs ?? null,
         encoding: 'json',
-        submittedAtMs: Date.now(),
+        submittedAtMs: Date.now() - waitedMs,
       },
       deliveryCount,
       renew: () => undefined,

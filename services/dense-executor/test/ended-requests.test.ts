@@ -1,0 +1,47 @@
+/** Requests that a gateway ended while their items waited: cancelled, or past their deadline. */
+import { beforeEach, expect, test } from 'vitest';
+import { Bench, ScriptedKv, settle } from './executor-bench.ts';
+
+let kv: ScriptedKv;
+let bench: Bench;
+
+beforeEach(() => {
+  kv = new ScriptedKv();
+  bench = new Bench(kv);
+});
+
+const END = { id: 'r', index: 0, token: null, text: '', finish_reason: 'cancelled' } as const;
+
+test('an item that waited is completed without a block when its answer has ended', async () => {
+  bench.stored = [END];
+  bench.admit({ id: 'r', maxTokens: 5, waitedMs: 1_000 });
+  await settle();
+  expect([bench.completed, kv.log, bench.messages]).toEqual([['r'], [], []]);
+});
+
+test('an item that waited and has no end is computed', async () => {
+  bench.admit({ id: 'r', maxTokens: 5, waitedMs: 1_000 });
+  await settle();
+  expect([bench.numReads, kv.log, bench.completed]).toEqual([1, ['allocate r'], []]);
+});
+
+test('an item that comes at once is not asked after', async () => {
+  bench.admit({ id: 'r', maxTokens: 5 });
+  await settle();
+  expect([bench.numReads, kv.log]).toEqual([0, ['allocate r']]);
+});
+
+test('an item whose cancel came first is completed when its gateway has ended it, else ended here', async () => {
+  for (const [stored, messages] of [
+    [[END], []],
+    [[], [{ id: 'r', finish_reason: 'cancelled' }]],
+  ] as const) {
+    bench = new Bench(kv);
+    bench.stored = stored;
+    bench.executor.cancel('r');
+    bench.admit({ id: 'r', maxTokens: 5 });
+    await settle();
+    expect(bench.messages).toMatchObject(messages);
+    expect([bench.completed, kv.log]).toEqual([['r'], []]);
+  }
+});
