@@ -1,4 +1,5 @@
 /** The life of an answer at a gateway, over a real nats-server: ids, lost tokens, cancels, deadlines, limits, the end. */
+import type { WorkLease } from '@lamina/bus';
 import { packMessage, STREAMS, SUBJECTS, TOKENS_HEADER } from '@lamina/protocol';
 import { describe, expect, test } from 'vitest';
 import { dropEnded, token } from './gateway-bench.ts';
@@ -108,6 +109,38 @@ describe('cancel', () => {
     const replay = await tokens.replay('queued', (data) => replayed.push(data));
     await eventually(() => (replayed.length === 1 ? true : undefined));
     replay.unsubscribe();
+  });
+
+  test('of a request whose executor stores its first token in the same moment: one end, whoever wins', async () => {
+    const rounds = Array.from({ length: 12 }, (_, index) => ({ id: `moment-${index}`, delayMs: 150 + 30 * index }));
+    const clients = new Map(rounds.map(({ id }) => [id, ask({ id, prompt: 'Hi' })]));
+    const works = new Map<string, WorkLease>();
+    for (const _ of rounds) {
+      const work = await lease();
+      works.set(work.item.id, work);
+    }
+    const play = async ({ id, delayMs }: (typeof rounds)[number]): Promise<string> => {
+      bus.publish(SUBJECTS.cancel(id), new Uint8Array(0));
+      await new Promise((resolve) => setTimeout(resolve, delayMs));
+      const end = { ...token(id, 1, 'cancelled'), token: null, text: '' };
+      const winner = await tokens.append([token(id, 0)], 'json', 0).then(
+        async (sequence) => {
+          await tokens.append([end], 'json', sequence!);
+          return 'executor';
+        },
+        () => 'gateway',
+      );
+      const last = await clients.get(id)!.final();
+      const { tokens: stored } = await tokens.stored(id);
+      expect(stored.map(({ index }) => index)).toEqual(winner === 'executor' ? [0, 1] : [0]);
+      expect(stored.filter(({ finish_reason }) => finish_reason !== null)).toHaveLength(1);
+      expect(last).toEqual(stored.at(-1));
+      works.get(id)!.complete();
+      return winner;
+    };
+    const winners = await Promise.all(rounds.map(play));
+    // Otherwise the race was none.
+    expect(new Set(winners).size).toBe(2);
   });
 
   test('of a running request is answered by the executor', async () => {
