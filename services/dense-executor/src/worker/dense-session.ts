@@ -10,6 +10,7 @@ import { STAGED_INPUTS, STAGED_OUTPUTS } from '@lamina/model';
 import { LaminaError } from '@lamina/tensor';
 import { InferenceSession, Tensor } from 'onnxruntime-node';
 import type { ModelDims, WorkerOptions } from './messages.ts';
+import type { NativeGuard } from './native-guard.ts';
 
 /** Outputs of stages 0 .. numLayers - 1, float32, row-major; valid until the next run of any stage. */
 export interface LayerOutputs {
@@ -29,6 +30,7 @@ const scalar = (value: number): Tensor => new Tensor('int64', BigInt64Array.of(B
 
 export class DenseSession {
   readonly #session: InferenceSession;
+  readonly #guard: NativeGuard;
   readonly #dims: ModelDims;
   readonly #stages: readonly Tensor[];
   readonly #noTokens = new Tensor('int64', new BigInt64Array(0), [1, 0]);
@@ -36,8 +38,9 @@ export class DenseSession {
   readonly #noHidden: Tensor;
   readonly #noAttention: Tensor;
 
-  private constructor(session: InferenceSession, dims: ModelDims) {
+  private constructor(session: InferenceSession, dims: ModelDims, guard: NativeGuard) {
     this.#session = session;
+    this.#guard = guard;
     this.#dims = dims;
     this.#stages = Array.from({ length: dims.numLayers + 1 }, (_, stage) => scalar(stage));
     this.#noHidden = new Tensor('float32', new Float32Array(0), [1, 0, dims.hiddenSize]);
@@ -45,7 +48,10 @@ export class DenseSession {
   }
 
   /** @throws LaminaError `model_invalid` when ONNX Runtime refuses the graph. */
-  static async load({ stagedGraphPath, dataDir, dims, intraOpThreads }: SessionOptions): Promise<DenseSession> {
+  static async load(
+    { stagedGraphPath, dataDir, dims, intraOpThreads }: SessionOptions,
+    guard: NativeGuard,
+  ): Promise<DenseSession> {
     try {
       const session = await InferenceSession.create(stagedGraphPath, {
         executionProviders: ['cpu'],
@@ -57,7 +63,7 @@ export class DenseSession {
           session: { intra_op: { allow_spinning: '0' }, model_external_initializers_file_folder_path: dataDir },
         },
       });
-      return new DenseSession(session, dims);
+      return new DenseSession(session, dims, guard);
     } catch (cause) {
       const reason = cause instanceof Error ? cause.message : String(cause);
       throw new LaminaError(
@@ -88,7 +94,7 @@ export class DenseSession {
     hidden: Tensor,
     attention: Tensor,
   ): Promise<LayerOutputs> {
-    const outputs = await this.#session.run(
+    const outputs = await this.#run(
       {
         [STAGED_INPUTS.stage.name]: this.#stages[stage]!,
         [STAGED_INPUTS.tokenIds.name]: tokenIds,
@@ -114,7 +120,7 @@ export class DenseSession {
    * @returns [numRows, vocabSize] float32
    */
   async logits(hidden: Tensor, attention: Tensor, rows: Tensor): Promise<Float32Array> {
-    const outputs = await this.#session.run(
+    const outputs = await this.#run(
       {
         [STAGED_INPUTS.stage.name]: this.#stages[this.#dims.numLayers]!,
         [STAGED_INPUTS.tokenIds.name]: this.#noTokens,
@@ -128,18 +134,27 @@ export class DenseSession {
     return floats(outputs[STAGED_OUTPUTS.logits.name]);
   }
 
+  async #run(feeds: Record<string, Tensor>, fetches: readonly string[]): Promise<InferenceSession.OnnxValueMapType> {
+    this.#guard.enter();
+    try {
+      return await this.#session.run(feeds, fetches);
+    } finally {
+      this.#guard.leave();
+    }
+  }
+
   async release(): Promise<void> {
     await this.#session.release();
   }
 }
 
-const LAYER_FETCHES = [
+const LAYER_FETCHES: readonly string[] = [
   STAGED_OUTPUTS.hiddenOut.name,
   STAGED_OUTPUTS.query.name,
   STAGED_OUTPUTS.key.name,
   STAGED_OUTPUTS.value.name,
 ];
-const LOGIT_FETCHES = [STAGED_OUTPUTS.logits.name];
+const LOGIT_FETCHES: readonly string[] = [STAGED_OUTPUTS.logits.name];
 
 function floats(tensor: Tensor | undefined): Float32Array {
   const data = tensor?.data;

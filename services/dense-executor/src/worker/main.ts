@@ -22,6 +22,7 @@ import { KvLease } from '../kv-lease.ts';
 import { compileLayerCycle } from '../request/layer-cycle.ts';
 import { DenseSession } from './dense-session.ts';
 import type { FromWorker, StepRequest, ToWorker, WorkerOptions } from './messages.ts';
+import { NativeGuard } from './native-guard.ts';
 import { Wave } from './wave.ts';
 
 const port = parentPort;
@@ -40,7 +41,7 @@ const bus = await Bus.connect(
   },
   { onError: complain },
 );
-const session = await DenseSession.load(options);
+const session = await DenseSession.load(options, new NativeGuard(options.nativeGuard, options.workerIndex));
 const replySubjectOf = (wave: number | string, shardIndex: number | string): string =>
   SUBJECTS.workerTensors(options.workerId, wave, shardIndex);
 const lease = new KvLease(options.lease);

@@ -8,9 +8,13 @@
 import type { NatsAccess } from '@lamina/bus';
 import type { StepPlan } from '@lamina/protocol';
 import type { AttentionSpec, ErrorCode, KvDtype } from '@lamina/tensor';
+import type { NativeGuardMemory } from './native-guard.ts';
 
 export interface WorkerOptions {
   readonly workerId: string;
+  /** Of this executor's workers. */
+  readonly workerIndex: number;
+  readonly nativeGuard: NativeGuardMemory;
   /** Random; names this worker in every tensor frame. */
   readonly originId: number;
   readonly natsUrl: string;
