@@ -93,7 +93,7 @@ export class AttentionDriver {
     });
     bus.serve(ENDPOINTS.shardHeartbeat, ({ shardId, numBlocks }) => {
       if (numBlocks !== null) driver.#shards.set(shardId, numBlocks);
-      const counts = { usedBlocks: 0, usedBlocksPeak: 0 };
+      const counts = { usedBlocks: 0, usedBlocksPeak: 0, fences: [] };
       return { managerEpoch: 'bench', layout, heartbeatIntervalMs: HEARTBEAT_INTERVAL_MS, known: true, ...counts };
     });
     bus.serve(ENDPOINTS.shardLeave, () => ({}));

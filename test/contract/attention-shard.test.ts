@@ -51,7 +51,8 @@ beforeEach(async () => {
   manager = await startInProcess('kv-manager', startKvManager, nats.url, ['--kv-dtype', 'f32']);
   const flags = ['--kv-budget-bytes', String(8 * BLOCK_BYTES)];
   shard = await startInProcess('attention-shard', startAttentionShard, nats.url, flags);
-  await bus.request(ENDPOINTS.executorHeartbeat, { executorId: 'e1', modelId: 'm', spec: SPEC }, { timeoutMs: 1000 });
+  const first = { executorId: 'e1', modelId: 'm', spec: SPEC, originIds: [ORIGIN] };
+  await bus.request(ENDPOINTS.executorHeartbeat, first, { timeoutMs: 1000 });
   shardId = await eventually(async () => {
     const { shards } = await bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 1000 });
     return shards.find((entry) => entry.numBlocks === 8)?.shardId;
@@ -339,7 +340,8 @@ test('a model that soft-caps, has windows, ALiBi and sinks takes the place of an
   };
   const formerId = shardId;
   await bus.request(ENDPOINTS.executorLeave, { executorId: 'e1' }, { timeoutMs: 1000 });
-  await bus.request(ENDPOINTS.executorHeartbeat, { executorId: 'e2', modelId: 'n', spec }, { timeoutMs: 1000 });
+  const second = { executorId: 'e2', modelId: 'n', spec, originIds: [ORIGIN] };
+  await bus.request(ENDPOINTS.executorHeartbeat, second, { timeoutMs: 1000 });
   shardId = await eventually(async () => {
     const { shards } = await bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 1000 });
     return shards.find((entry) => entry.numBlocks === 8 && entry.shardId !== formerId)?.shardId;

@@ -117,7 +117,7 @@ describe('request and reply', () => {
     server.serve(ENDPOINTS.allocate, () => ({ managerEpoch: 'm', blocks }));
     await server.flush();
     await expect(client.request(ENDPOINTS.allocate, CALL, TIMEOUT)).rejects.toMatchObject({ code: 'internal' });
-    const body = { executorId: 'e', modelId: 'm'.repeat(client.maxPayloadBytes), spec: Object() };
+    const body = { executorId: 'e', modelId: 'm'.repeat(client.maxPayloadBytes), spec: Object(), originIds: [1] };
     await expect(client.request(ENDPOINTS.executorHeartbeat, body, TIMEOUT)).rejects.toMatchObject({
       code: 'invalid_request',
       message: expect.stringContaining('max_payload'),

@@ -25,6 +25,9 @@ let events: string[];
 /** Answers of the kv-manager; `silence` is none. */
 let answer: { heartbeat: Partial<ExecutorHeartbeatReply>; free: 'ok' | 'silence'; allocate: 'ok' | 'overloaded' };
 let isSilent: boolean;
+/** Origins of every heartbeat, and whether the lease was held when it came. */
+let beats: { originIds: readonly number[]; holdsLease: boolean }[];
+let originIds: number[];
 
 const never = new Promise<never>(() => undefined);
 
@@ -38,10 +41,13 @@ beforeEach(async () => {
   events = [];
   answer = { heartbeat: {}, free: 'ok', allocate: 'ok' };
   isSilent = false;
+  beats = [];
+  originIds = [1, 2];
   [managerBus, bus] = await Promise.all([connect(nats.url), connect(nats.url)]);
   await managerBus.announce({ name: 'kv', version: '0.0.1', description: '', metadata: {}, stats: () => null });
-  managerBus.serve(ENDPOINTS.executorHeartbeat, () =>
-    isSilent
+  managerBus.serve(ENDPOINTS.executorHeartbeat, (body) => {
+    beats.push({ originIds: body.originIds, holdsLease: lease.isHeld });
+    return isSilent
       ? never
       : {
           managerEpoch: 'm1',
@@ -52,8 +58,8 @@ beforeEach(async () => {
           voidRequestIds: [],
           takenOverRequestIds: [],
           ...answer.heartbeat,
-        },
-  );
+        };
+  });
   managerBus.serve(ENDPOINTS.allocate, ({ requestId, deliveryCount }) => {
     asked.push(`allocate ${requestId} ${deliveryCount}`);
     if (answer.allocate === 'overloaded') throw new LaminaError('overloaded', 'full');
@@ -85,6 +91,15 @@ beforeEach(async () => {
       spec: SPEC,
       requestTimeoutMs: REQUEST_TIMEOUT_MS,
       lease,
+      origins: {
+        get originIds() {
+          return originIds;
+        },
+        renewOrigins: () => {
+          originIds = originIds.map((originId) => originId + 10);
+          events.push('originsRenewed');
+        },
+      },
       log: createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' }),
       fail: () => undefined,
     },
@@ -163,4 +178,22 @@ test('tables that are void, lost or taken over are told apart', async () => {
   answer.heartbeat = { registration: 2, voidRequestIds: ['a'] };
   await eventually(() => (events.includes('tablesVoid') ? true : undefined));
   expect(events.filter((event) => event.startsWith('void')).length).toBeLessThan(2);
+});
+
+test('an executor that was lost takes other origins, and holds no lease before the kv-manager knows them', async () => {
+  expect(beats.every(({ originIds }) => originIds.join() === '1,2')).toBe(true);
+  const { leaseTerm } = client;
+  beats.length = 0;
+  events.length = 0;
+  answer.heartbeat = { registration: 2 };
+  await eventually(() => (beats.length >= 3 ? true : undefined));
+  // The lease would have been held for long; none of it is left when the other origins are named.
+  expect(beats.slice(0, 3)).toEqual([
+    { originIds: [1, 2], holdsLease: true },
+    { originIds: [11, 12], holdsLease: false },
+    { originIds: [11, 12], holdsLease: true },
+  ]);
+  expect(events).toEqual(['originsRenewed', 'tablesVoid', 'leaseRenewed']);
+  expect(lease.allows(leaseTerm)).toBe(false);
+  expect(lease.allows(client.leaseTerm)).toBe(true);
 });

@@ -46,7 +46,7 @@ async function startShard(numBlocks: number): Promise<InProcessService> {
 }
 
 function beat(executorId = 'e1', spec = SPEC, modelId = 'tiny') {
-  return bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec }, TIMEOUT);
+  return bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec, originIds: [1] }, TIMEOUT);
 }
 
 /** Registers an executor and keeps it alive. */
@@ -145,7 +145,8 @@ test('nobody is lost when nats-server itself was away for longer than the time-o
   const shard = await startInProcess('attention-shard', startAttentionShard, first.url, shardFlags);
   services.push(manager, shard);
   const own = await connect(first.url);
-  await own.request(ENDPOINTS.executorHeartbeat, { executorId: 'e1', modelId: 'tiny', spec: SPEC }, TIMEOUT);
+  const beating = { executorId: 'e1', modelId: 'tiny', spec: SPEC, originIds: [1] };
+  await own.request(ENDPOINTS.executorHeartbeat, beating, TIMEOUT);
   const shards = async (): Promise<KvStatus['shards']> => (await own.request(ENDPOINTS.kvStatus, {}, TIMEOUT)).shards;
   await eventually(async () => ((await shards())[0]?.numBlocks === 8 ? true : undefined));
   const before = await shards();
@@ -236,7 +237,7 @@ test('a shard that an executor suspects is asked at once, and lost only if it do
 test('a suspected shard that listens and does not answer is lost', async () => {
   await startManager(['--heartbeat-interval-ms', '50', '--heartbeat-timeout-ms', '60000']);
   await executor();
-  const silent = { shardId: 'silent', budgetBytes: 10 * BLOCK_BYTES, kernel: 'none' };
+  const silent = { shardId: 'silent', budgetBytes: 10 * BLOCK_BYTES, kernel: 'none', fencedUpTo: 0 };
   await bus.request(ENDPOINTS.shardHeartbeat, { ...silent, numBlocks: null }, TIMEOUT);
   await bus.request(ENDPOINTS.shardHeartbeat, { ...silent, numBlocks: 10 }, TIMEOUT);
   let numProbes = 0;

@@ -34,7 +34,7 @@ class Wire {
       },
     });
     this.addExecutor('e0');
-    const shard = { shardId: 's', budgetBytes: 1, kernel: 'k' };
+    const shard = { shardId: 's', budgetBytes: 1, kernel: 'k', fencedUpTo: 0 };
     this.manager.shardHeartbeat({ ...shard, numBlocks: null });
     this.manager.shardHeartbeat({ ...shard, numBlocks });
   }
@@ -45,7 +45,7 @@ class Wire {
 
   addExecutor(executorId: string): void {
     const { manager } = this;
-    manager.executorHeartbeat({ executorId, modelId: 'm', spec: SPEC });
+    manager.executorHeartbeat({ executorId, modelId: 'm', spec: SPEC, originIds: [1] });
     const call = <T>(run: () => T): Promise<T> =>
       new Promise((resolve, reject) => {
         setImmediate(() => {

@@ -92,9 +92,9 @@ function seedsOf(
   statusIds: readonly string[],
 ): [string, Uint8Array[]][] {
   const bodies: Readonly<Record<keyof typeof ENDPOINTS, object>> = {
-    executorHeartbeat: { executorId: 'e1', modelId: 'm', spec: SPEC },
+    executorHeartbeat: { executorId: 'e1', modelId: 'm', spec: SPEC, originIds: [7] },
     executorLeave: { executorId: 'e1' },
-    shardHeartbeat: { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null },
+    shardHeartbeat: { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null, fencedUpTo: 0 },
     shardLeave: { shardId: 's1' },
     suspectShard: { shardId: 's1' },
     allocate: { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9, deliveryCount: 1 },

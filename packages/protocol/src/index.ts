@@ -15,6 +15,7 @@ export type {
   BlockRef,
   ExecutorHeartbeat,
   ExecutorHeartbeatReply,
+  FenceNotice,
   KvStatus,
   ShardHeartbeat,
   ShardHeartbeatReply,

@@ -6,15 +6,24 @@
  * 2. A shard that restarts, or that the kv-manager no longer knows, takes a new shardId, so a block reference can never
  *    reach memory that was given to somebody else since.
  * 3. Blocks are given to another request only when their owner has said that it stopped using them (free, trim, or
- *    allocate of the same id), or is dead. Until then a table that is of no use any more is `void` and keeps its blocks.
+ *    allocate of the same id). Until then a table that is of no use any more is `void` and keeps its blocks. Those of an
+ *    executor that was lost or left are fenced: free when every shard that has some has confirmed that it takes nothing
+ *    more from the executor's origins.
+ * 4. Origin ids never come back: an executor that was lost and is registered anew sends under others.
  */
 import { z } from 'zod';
+import { LIMITS } from './limits.ts';
 import { attentionSpecSchema, idSchema, kvLayoutSchema } from './schema.ts';
+
+/** `originId` of tensor frames: one per worker of an executor. */
+const originIdsSchema = z.array(z.int().min(0).max(0xffff_ffff)).min(1);
 
 export const executorHeartbeatSchema = z.object({
   executorId: idSchema,
   modelId: z.string(),
   spec: attentionSpecSchema,
+  /** Under which its workers send, from the answer to this heartbeat on. */
+  originIds: originIdsSchema.max(LIMITS.originsOfExecutor),
 });
 export const executorHeartbeatReplySchema = z.object({
   managerEpoch: z.string(),
@@ -24,7 +33,7 @@ export const executorHeartbeatReplySchema = z.object({
   heartbeatTimeoutMs: z.int().min(1),
   /**
    * Another number than before: the executor was lost and is registered anew, so whatever tables it had are gone and it
-   * must drop them. Every reply says so, since the first one may be lost.
+   * must drop them and take other origin ids. Every reply says so, since the first one may be lost.
    */
   registration: z.int().min(1),
   /** Requests of this executor whose table is void because a shard of it was lost. */
@@ -43,7 +52,18 @@ export const shardHeartbeatSchema = z.object({
   kernel: z.string(),
   /** Blocks that fit the budget; null until the shard knows the layout and has its memory. */
   numBlocks: z.int().min(0).nullable(),
+  /**
+   * Fences up to this number that this shard was told of hold: it takes nothing more from their origins, and no layer of
+   * theirs is in its kernel. 0: none.
+   */
+  fencedUpTo: z.int().min(0),
 });
+/** An executor that is no more, whose blocks wait for the shards. Numbers count up. */
+const fenceSchema = z.object({
+  number: z.int().min(1),
+  originIds: originIdsSchema.max(LIMITS.originsOfFence),
+});
+export type FenceNotice = z.infer<typeof fenceSchema>;
 export const shardHeartbeatReplySchema = z.object({
   managerEpoch: z.string(),
   /** null until the first executor has registered a model. */
@@ -53,6 +73,8 @@ export const shardHeartbeatReplySchema = z.object({
   known: z.boolean(),
   usedBlocks: z.int().min(0),
   usedBlocksPeak: z.int().min(0),
+  /** The oldest fences that this shard has not confirmed, ascending. */
+  fences: z.array(fenceSchema).max(LIMITS.fencesOfReply),
 });
 export type ShardHeartbeat = z.infer<typeof shardHeartbeatSchema>;
 export type ShardHeartbeatReply = z.infer<typeof shardHeartbeatReplySchema>;

@@ -21,4 +21,10 @@ export const LIMITS = {
   /** Bytes of one logical tensor-plane message before it is split. */
   tensorBytes: 1_073_741_824,
   layers: 1024,
+  /** Origins (workers) of one executor. */
+  originsOfExecutor: 256,
+  /** Origins that a shard is told to refuse at once: those of one registration, former ones included. */
+  originsOfFence: 512,
+  /** Fences in one heartbeat reply; the shard confirms them and is told the next. */
+  fencesOfReply: 16,
 } as const;

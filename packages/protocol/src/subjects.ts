@@ -49,7 +49,8 @@ export const ENDPOINTS = {
     subject: `${ROOT}.kv.executor_leave`,
     from: 'dense-executor',
     to: 'kv-manager',
-    meaning: 'An executor that shuts down says so: its blocks are freed at once.',
+    meaning:
+      'An executor that shuts down says so: its blocks are free as soon as the shards take nothing more from it.',
     request: kv.executorLeaveSchema,
     reply: kv.emptySchema,
   }),

@@ -185,7 +185,7 @@ test('messages of the kv-manager', () => {
   const heartbeat = { managerEpoch: 'e', heartbeatIntervalMs: 5, known: true };
   const shard = { shardId: 's1', kernel: 'portable', budgetBytes: 1, numBlocks: 8, usedBlocks: 0, usedBlocksPeak: 0 };
   const messages: readonly [z.ZodType, unknown][] = [
-    [ENDPOINTS.executorHeartbeat.request, { executorId: 'e1', modelId: 'm', spec: SPEC }],
+    [ENDPOINTS.executorHeartbeat.request, { executorId: 'e1', modelId: 'm', spec: SPEC, originIds: [7, 8] }],
     [
       ENDPOINTS.executorHeartbeat.reply,
       {
@@ -198,8 +198,11 @@ test('messages of the kv-manager', () => {
       },
     ],
     [ENDPOINTS.executorLeave.request, { executorId: 'e1' }],
-    [ENDPOINTS.shardHeartbeat.request, { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null }],
-    [ENDPOINTS.shardHeartbeat.reply, { ...heartbeat, layout: null, usedBlocks: 0, usedBlocksPeak: 0 }],
+    [ENDPOINTS.shardHeartbeat.request, { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null, fencedUpTo: 0 }],
+    [
+      ENDPOINTS.shardHeartbeat.reply,
+      { ...heartbeat, layout: null, usedBlocks: 0, usedBlocksPeak: 0, fences: [{ number: 1, originIds: [7] }] },
+    ],
     [ENDPOINTS.allocate.request, { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9, deliveryCount: 1 }],
     [ENDPOINTS.allocate.reply, { managerEpoch: 'e', blocks: [{ shardId: 's1', block: 3 }] }],
     [ENDPOINTS.extend.request, { requestId: 'a', executorId: 'e1', numBlocks: 1, numTokens: 5 }],

@@ -1,9 +1,12 @@
 /**
- * Owns who sends steps: the current step of every wave of every origin (a worker thread of an executor).
+ * Owns who sends steps: the current step of every wave of every origin (a worker thread of an executor), and the origins
+ * from which nothing is taken any more because their executor was lost.
  *
  * Invariants
  * 1. Origins and their waves are bounded; the one that has been idle longest makes room.
- * 2. Finding a step costs one map and one array access.
+ * 2. Finding a step costs one map and one array access: a fenced origin has no step, so its layers are refused as any
+ *    that have no plan, and only a plan is checked.
+ * 3. A layer that is in the kernel counts until it is done, whatever became of its step.
  */
 import { LaminaError } from '@lamina/tensor';
 import { WaveMemory, type WaveStep } from './wave.ts';
@@ -15,11 +18,17 @@ interface Origin {
 
 const MAX_ORIGINS = 256;
 const MAX_WAVES_PER_ORIGIN = 64;
+/** Origin ids never come back, so this is how many executors later a plan may be that was held up on its way. */
+const MAX_FENCED = 1024;
 
 export class Origins {
   /** Least recently planned first. */
   readonly #origins = new Map<number, Origin>();
   readonly #endStep: (step: WaveStep) => void;
+  /** Oldest first. */
+  readonly #fenced = new Set<number>();
+  /** Steps that ended while a layer of theirs was in the kernel. */
+  readonly #unfinished = new Set<WaveStep>();
 
   /** @param endStep Called for every step that is dropped or replaced. */
   constructor(endStep: (step: WaveStep) => void) {
@@ -30,7 +39,10 @@ export class Origins {
     return this.#origins.get(originId)?.steps[waveIndex];
   }
 
-  /** Makes `step(memory)` the current step of a wave. The former one stays if it throws. */
+  /**
+   * Makes `make(memory)` the current step of a wave. The former one stays if it throws.
+   * @throws LaminaError `unavailable` when the origin is fenced.
+   */
   replace(
     originId: number,
     waveIndex: number,
@@ -40,9 +52,14 @@ export class Origins {
   ): void {
     if (waveIndex >= MAX_WAVES_PER_ORIGIN)
       throw new LaminaError('protocol_violation', `wave ${waveIndex}; an origin has at most ${MAX_WAVES_PER_ORIGIN}`);
+    if (this.#fenced.has(originId))
+      throw new LaminaError(
+        'unavailable',
+        `nothing is taken from origin ${originId} any more: its executor was lost, and its blocks may be others' by now`,
+      );
     const former = this.find(originId, waveIndex);
     const step = make(former?.memoryForNext(numLayers) ?? new WaveMemory());
-    if (former !== undefined) this.#endStep(former);
+    if (former !== undefined) this.#end(former);
     const origin = this.#origins.get(originId) ?? { steps: [], plannedAtMs: nowMs };
     origin.plannedAtMs = nowMs;
     origin.steps[waveIndex] = step;
@@ -59,6 +76,30 @@ export class Origins {
     }
   }
 
+  /** Takes nothing from these origins any more. Layers of theirs that are in the kernel are not stopped by it. */
+  fence(originIds: readonly number[]): void {
+    for (const originId of originIds) {
+      this.#drop(originId);
+      this.#fenced.delete(originId);
+      this.#fenced.add(originId);
+    }
+    for (const oldest of this.#fenced) {
+      if (this.#fenced.size <= MAX_FENCED) break;
+      this.#fenced.delete(oldest);
+    }
+  }
+
+  /** Whether a layer of a fenced origin is in the kernel. */
+  get isFencedInFlight(): boolean {
+    for (const { header } of this.#unfinished) if (this.#fenced.has(header.originId)) return true;
+    return false;
+  }
+
+  /** Call when the layer in flight of a step that has ended is done. */
+  finished(step: WaveStep): void {
+    this.#unfinished.delete(step);
+  }
+
   clear(): void {
     for (const originId of [...this.#origins.keys()]) this.#drop(originId);
   }
@@ -70,8 +111,13 @@ export class Origins {
     }
   }
 
+  #end(step: WaveStep): void {
+    if (step.layerInFlight >= 0) this.#unfinished.add(step);
+    this.#endStep(step);
+  }
+
   #drop(originId: number): void {
-    for (const step of this.#origins.get(originId)?.steps ?? []) if (step !== undefined) this.#endStep(step);
+    for (const step of this.#origins.get(originId)?.steps ?? []) if (step !== undefined) this.#end(step);
     this.#origins.delete(originId);
   }
 }

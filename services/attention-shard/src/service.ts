@@ -5,8 +5,10 @@
  * 1. Registered with memory only in the life that the kv-manager knows: told that it is unknown, or given another
  *    layout, the shard ends that life and begins another under a new id.
  * 2. One heartbeat is under way at a time; while nobody answers it is tried for ever, and logged once.
+ * 3. A fence is confirmed as soon as it holds: others wait for those blocks. Fences are of one life: the next one has a
+ *    subject to which those executors never sent.
  */
-import { ENDPOINTS, type ShardHeartbeatReply } from '@lamina/protocol';
+import { ENDPOINTS, type FenceNotice, type ShardHeartbeatReply } from '@lamina/protocol';
 import type { RunningService } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, sameKvLayout } from '@lamina/tensor';
 import { Incarnation, type ShardContext } from './incarnation.ts';
@@ -20,6 +22,8 @@ const FIRST_RETRY_MS = 100;
 const NUM_FIRST_RETRIES = 20;
 const MIN_HEARTBEAT_TIMEOUT_MS = 500;
 const LEAVE_TIMEOUT_MS = 1000;
+/** Until a layer in the kernel is looked for again, which is all that a fence can wait for. */
+const FENCE_RETRY_MS = 20;
 
 class ShardMember {
   readonly #context: ShardContext;
@@ -29,6 +33,9 @@ class ShardMember {
   #shardId: string;
   #isStopping = false;
   #numFailures = 0;
+  /** Number of the last fence that holds. */
+  #fencedUpTo = 0;
+  #isFencing = false;
   #heartbeatIntervalMs = RETRY_MS;
   #timer: NodeJS.Timeout | undefined;
   #beating: Promise<void> = Promise.resolve();
@@ -71,12 +78,9 @@ class ShardMember {
   #schedule(): void {
     if (this.#isStopping) return;
     const isStarting = this.#numFailures > 0 && this.#numFailures <= NUM_FIRST_RETRIES && this.#life === undefined;
-    const delayMs =
-      this.#numFailures === 0
-        ? this.#heartbeatIntervalMs
-        : isStarting
-          ? FIRST_RETRY_MS
-          : Math.min(RETRY_MS, this.#heartbeatIntervalMs);
+    const retryMs = isStarting ? FIRST_RETRY_MS : Math.min(RETRY_MS, this.#heartbeatIntervalMs);
+    const beatMs = this.#isFencing ? FENCE_RETRY_MS : this.#heartbeatIntervalMs;
+    const delayMs = this.#numFailures > 0 ? retryMs : beatMs;
     this.#timer = setTimeout(() => {
       this.#life?.plane.dropIdle();
       void this.start();
@@ -94,9 +98,23 @@ class ShardMember {
       if (this.#life !== undefined && (!known || layout === null || !sameKvLayout(this.#life.layout, layout)))
         await this.#endLife();
       else if (this.#life === undefined && layout !== null) this.#beginLife(layout);
-      else return;
+      else if (this.#life === undefined || !this.#fence(this.#life, reply.fences)) return;
       // Something changed: say so now, not a heartbeat later.
     }
+  }
+
+  /** Returns whether there is something new to confirm. */
+  #fence({ plane }: Incarnation, fences: readonly FenceNotice[]): boolean {
+    const former = this.#fencedUpTo;
+    this.#isFencing = false;
+    for (const { number, originIds } of fences) {
+      if (number <= this.#fencedUpTo) continue;
+      this.#isFencing = !plane.fence(originIds);
+      if (this.#isFencing) break;
+      this.#fencedUpTo = number;
+      this.#context.log.info({ fence: number, originIds }, 'an executor is no more: nothing is taken from it now');
+    }
+    return this.#fencedUpTo > former;
   }
 
   async #request(): Promise<ShardHeartbeatReply | undefined> {
@@ -109,6 +127,7 @@ class ShardMember {
           budgetBytes: config.kvBudgetBytes,
           kernel: this.kernelName,
           numBlocks: this.#life?.numBlocks ?? null,
+          fencedUpTo: this.#fencedUpTo,
         },
         { timeoutMs: Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#heartbeatIntervalMs) },
       );
@@ -131,6 +150,8 @@ class ShardMember {
   async #endLife(): Promise<void> {
     const life = this.#life;
     this.#life = undefined;
+    this.#fencedUpTo = 0;
+    this.#isFencing = false;
     this.#shardId = `${this.#context.instanceId}-${++this.#numLives}`;
     this.#context.log.warn({ former: life?.shardId, shardId: this.#shardId }, 'KV given up; joining anew');
     await life?.end();

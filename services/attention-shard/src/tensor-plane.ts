@@ -8,6 +8,7 @@
  *    the sender is known.
  * 3. A layer that is in flight or answered is not started again; another one while one is in flight is a violation.
  * 4. A plan that comes again, or after a later one of its wave, changes nothing.
+ * 5. When `fence` has returned true, nothing of those origins is written to KV any more.
  */
 import type { AttentionKernel } from '@lamina/attention-kernel';
 import {
@@ -102,6 +103,15 @@ export class TensorPlane {
     this.#origins.dropIdle(performance.now(), ORIGIN_IDLE_MS);
   }
 
+  /**
+   * Takes no more plans and layers from these origins.
+   * @returns Whether none of their layers is in the kernel either: if not, call again.
+   */
+  fence(originIds: readonly number[]): boolean {
+    this.#origins.fence(originIds);
+    return !this.#origins.isFencedInFlight;
+  }
+
   /** Takes no more frames; layers in flight are still answered. Waits for them and closes the kernel. */
   async close(): Promise<void> {
     this.#isClosing = true;
@@ -141,7 +151,10 @@ export class TensorPlane {
     stats.queueDepth--;
     step.header.layer = step.layerInFlight;
     step.endLayer(error === null);
-    if (step.isEnded) return;
+    if (step.isEnded) {
+      this.#origins.finished(step);
+      return;
+    }
     if (error !== null) {
       this.#refuse(step.header, step.replySubject, error);
       return;

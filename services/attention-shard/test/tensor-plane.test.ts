@@ -232,3 +232,55 @@ test('what comes again after its answer, or is older than what is known, changes
   sendLayer(1);
   expect(kernel.attends).toHaveLength(2);
 });
+
+test('a fenced origin has no step and gets none, whatever its wave; the others go on', () => {
+  const { kernel, sent, plane, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  sendPlan({ waveIndex: 1 });
+  sendPlan({ originId: 2 });
+  expect(plane.fence([1, 3])).toBe(true);
+  expect(kernel.open.size).toBe(1);
+  sendLayer(0);
+  sendLayer(0, { waveIndex: 1 });
+  expect(sent).toEqual([]);
+  for (const originId of [1, 3]) sendPlan({ originId, stepId: 2 });
+  for (const originId of [1, 3]) sendLayer(0, { originId, stepId: 2 });
+  expect(kernel.attends).toEqual([]);
+  expect(sent.map(({ data }) => unpackMessage(data.subarray(FRAME_HEADER_BYTES)))).toMatchObject([
+    { code: 'unavailable', message: expect.stringContaining('origin 1 ') },
+    { code: 'unavailable', message: expect.stringContaining('origin 3 ') },
+  ]);
+  sendLayer(0, { originId: 2 });
+  expect(kernel.attends).toHaveLength(1);
+});
+
+test('a fence does not hold while a layer of its origin is in the kernel, also one of a step that was replaced', () => {
+  const { kernel, sent, stats, plane, sendPlan, sendLayer } = setUp();
+  sendPlan({ originId: 2 });
+  sendLayer(0, { originId: 2 });
+  sendPlan();
+  sendLayer(0);
+  sendPlan({ stepId: 2 });
+  sendLayer(0, { stepId: 2 });
+  expect(plane.fence([1])).toBe(false);
+  kernel.attends[2]!.done(null);
+  expect(plane.fence([1])).toBe(false);
+  kernel.attends[1]!.done(new Error('late'));
+  expect(plane.fence([1])).toBe(true);
+  // Nobody is told: its executor is no more.
+  expect(sent).toEqual([]);
+  kernel.attends[0]!.done(null);
+  expect(sent).toHaveLength(1);
+  expect(stats.queueDepth).toBe(0);
+});
+
+test('fenced origins are bounded: the oldest is forgotten', () => {
+  const { kernel, plane, sendPlan } = setUp();
+  for (let originId = 1; originId <= 1024; originId++) plane.fence([originId]);
+  sendPlan();
+  expect(kernel.open.size).toBe(0);
+  plane.fence([1025]);
+  sendPlan();
+  sendPlan({ originId: 2 });
+  expect(kernel.open.size).toBe(1);
+});

@@ -5,7 +5,9 @@
  * 1. The kv-manager is asked at admission and ahead of block boundaries, never inside a layer.
  * 2. While no heartbeat has been answered for the kv-manager's time-out, `holdsLease` is false: the blocks may have been
  *    given to others, so no layer is dispatched that would write to them; nor, later, one of a step from before.
- * 3. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
+ * 3. Registered anew after it was lost, the executor takes other origin ids, and holds no lease until the kv-manager knows
+ *    them: what it sent under the former ones is refused by the shards, and what it sends can be.
+ * 4. Calls leave in the order in which they are made: a table that is freed and allocated again is never mixed up.
  */
 import type { Bus } from '@lamina/bus';
 import { type BlockRef, ENDPOINTS, EVENTS } from '@lamina/protocol';
@@ -26,6 +28,13 @@ export interface KvEvents {
   onLeaseRenewed(): void;
 }
 
+/** The origin ids of the workers. */
+export interface Origins {
+  readonly originIds: readonly number[];
+  /** Gives every worker another one; what it has in flight fails. */
+  renewOrigins(): void;
+}
+
 export interface KvClientOptions {
   readonly bus: Pick<Bus, 'request' | 'onEvent'>;
   readonly executorId: string;
@@ -33,6 +42,7 @@ export interface KvClientOptions {
   readonly spec: AttentionSpec;
   readonly requestTimeoutMs: number;
   readonly lease: KvLease;
+  readonly origins: Origins;
   readonly log: Logger;
   /** The kv-manager refuses this executor for good. */
   readonly fail: (cause: unknown) => void;
@@ -86,12 +96,13 @@ export class KvClient {
   }
 
   async #heartbeat(): Promise<void> {
-    const { bus, executorId, modelId, spec, lease, log, fail } = this.#options;
+    const { bus, executorId, modelId, spec, lease, origins, log, fail } = this.#options;
     const timeoutMs = Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#intervalMs);
     let intervalMs = RETRY_INTERVAL_MS;
     const markNs = lease.mark();
     try {
-      const reply = await bus.request(ENDPOINTS.executorHeartbeat, { executorId, modelId, spec }, { timeoutMs });
+      const body = { executorId, modelId, spec, originIds: [...origins.originIds] };
+      const reply = await bus.request(ENDPOINTS.executorHeartbeat, body, { timeoutMs });
       intervalMs = reply.heartbeatIntervalMs;
       this.#intervalMs = intervalMs;
       const wasSilent = this.#isManagerSilent;
@@ -105,15 +116,20 @@ export class KvClient {
       this.#managerEpoch = reply.managerEpoch;
       this.#registration = reply.registration;
       this.#layout = reply.layout;
-      const hadLease = this.holdsLease;
-      lease.renew(markNs, reply.heartbeatTimeoutMs, isChanged);
-      if (isChanged) this.#events.onTablesVoid(reply.layout);
-      else {
+      if (isChanged) {
+        lease.end();
+        origins.renewOrigins();
+        this.#events.onTablesVoid(reply.layout);
+        // The next heartbeat names the new origins, and its answer is the lease.
+        intervalMs = 0;
+      } else {
+        const hadLease = this.holdsLease;
+        lease.renew(markNs, reply.heartbeatTimeoutMs);
         if (reply.voidRequestIds.length > 0) this.#events.onRequestsVoid(reply.voidRequestIds);
         if (reply.takenOverRequestIds.length > 0) this.#events.onRequestsTakenOver(reply.takenOverRequestIds);
+        if (!hadLease || wasSilent) this.#events.onLeaseRenewed();
       }
       for (const requestId of [...this.#unconfirmedFrees]) void this.free(requestId);
-      if (!hadLease || wasSilent) this.#events.onLeaseRenewed();
     } catch (cause) {
       const error = asLaminaError(cause);
       if (error.code === 'invalid_request') fail(error);

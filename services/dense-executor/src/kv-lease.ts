@@ -42,9 +42,14 @@ export class KvLease {
     return nowNs();
   }
 
-  /** `isOther`: the tables of the term until now are void. */
-  renew(markNs: bigint, timeoutMs: number, isOther: boolean): void {
-    if (isOther || !this.isHeld) Atomics.add(this.#words, TERM, 1n);
+  /** The tables of the term until now are void: nothing may be written until the next `renew`. */
+  end(): void {
+    Atomics.add(this.#words, TERM, 1n);
+    Atomics.store(this.#words, END, 0n);
+  }
+
+  renew(markNs: bigint, timeoutMs: number): void {
+    if (!this.isHeld) Atomics.add(this.#words, TERM, 1n);
     Atomics.store(this.#words, END, markNs + BigInt(timeoutMs) * 1_000_000n);
   }
 }

@@ -93,6 +93,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       modelId: description.modelId,
       spec: description.attention,
       lease,
+      origins: pool,
       requestTimeoutMs: config.requestTimeoutMs,
       log,
       fail: context.fail,

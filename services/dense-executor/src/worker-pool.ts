@@ -3,8 +3,9 @@
  *
  * Invariants
  * 1. Wave w of the executor is wave w % wavesPerWorker of worker floor(w / wavesPerWorker).
- * 2. A worker that dies ends the executor: its session and connection cannot be replaced within a step.
- * 3. An exit of the process, whatever the reason, finds every worker outside of ONNX Runtime.
+ * 2. Every worker has an origin id of its own, at random, which it keeps until it is given another.
+ * 3. A worker that dies ends the executor: its session and connection cannot be replaced within a step.
+ * 4. An exit of the process, whatever the reason, finds every worker outside of ONNX Runtime.
  */
 import { randomBytes } from 'node:crypto';
 import { Worker } from 'node:worker_threads';
@@ -36,6 +37,7 @@ export class WorkerPool {
   readonly #events: WorkerPoolEvents;
   readonly #workers: Worker[] = [];
   readonly #nativeGuard: NativeGuardMemory;
+  readonly #originIds: number[] = [];
   #isStopping = false;
 
   private constructor(options: WorkerPoolOptions, events: WorkerPoolEvents) {
@@ -57,14 +59,31 @@ export class WorkerPool {
     return this.#options.numWorkers * this.#options.wavesPerWorker;
   }
 
+  /** One per worker. */
+  get originIds(): readonly number[] {
+    return this.#originIds;
+  }
+
+  /** Gives every worker another origin id, under which the steps run from now on are; those in flight fail. */
+  renewOrigins(): void {
+    for (const [index, worker] of this.#workers.entries()) {
+      const originId = randomOriginId();
+      this.#originIds[index] = originId;
+      const message: ToWorker = { kind: 'origin', originId };
+      worker.postMessage(message);
+    }
+  }
+
   #startWorker(index: number): Promise<void> {
     const { wavesPerWorker, executorId, worker: shared } = this.#options;
+    const originId = randomOriginId();
+    this.#originIds[index] = originId;
     const workerData: WorkerOptions = {
       ...shared,
       workerId: `${executorId}-${index}`,
       workerIndex: index,
       nativeGuard: this.#nativeGuard,
-      originId: randomBytes(4).readUInt32LE(),
+      originId,
       numWaves: wavesPerWorker,
     };
     const worker = new Worker(new URL('./worker/main.js', import.meta.url), { workerData });
@@ -115,6 +134,8 @@ export class WorkerPool {
     clearTimeout(timer);
   }
 }
+
+const randomOriginId = (): number => randomBytes(4).readUInt32LE();
 
 /** An error that crossed the thread boundary has lost its class but not its code. */
 function toLaminaError(cause: unknown): LaminaError {

@@ -51,12 +51,12 @@ class Step {
   }
 
   hold(): void {
-    this.lease.renew(this.lease.mark(), 60_000, false);
+    this.lease.renew(this.lease.mark(), 60_000);
   }
 
   /** The lease is over. */
   lose(): void {
-    this.lease.renew(this.lease.mark(), 0, false);
+    this.lease.renew(this.lease.mark(), 0);
   }
 
   begin(shards: string[], stepId: number): void {
@@ -148,7 +148,8 @@ describe('a step that fails', () => {
     step.begin(['a', 'b'], 8);
     await step.layer(0);
     // The kv-manager had forgotten this executor, whatever the clock says.
-    step.lease.renew(step.lease.mark(), 60_000, true);
+    step.lease.end();
+    step.lease.renew(step.lease.mark(), 60_000);
     await expect(step.dispatch(1)).rejects.toMatchObject({ code: 'unavailable' });
     expect(step.sent).toEqual([]);
   });

@@ -1,15 +1,13 @@
 /**
- * Owns the state of the KV cache: the layout, who is registered, every block table. Plain data and injected time, no I/O.
+ * Owns the state of the KV cache: the layout, who is registered, and what follows for block tables when somebody comes or
+ * goes. Plain data and injected time, no I/O.
  *
  * Invariants
- * 1. A refused operation changes nothing, save that an executor that asks for a table gives up its own former one.
- * 2. A block goes to another request only when its owner has given it up (free, trim, or allocate of the same id) or is
- *    dead.
- *    A table that lost a shard, or whose request another executor took over, is void: it keeps its blocks until then,
- *    because a step of its owner may still be on its way and would write into what has a new owner.
- * 3. A shard enters with no memory and is given the layout; one that comes with memory but is not registered may still
+ * 1. A block goes to another request only when its owner has given it up (free, trim, or allocate of the same id), or when
+ *    its owner is no more and the shards have confirmed that they take nothing more from it (see fences.ts).
+ * 2. A shard enters with no memory and is given the layout; one that comes with memory but is not registered may still
  *    hold blocks that somebody remembers, and must come again under another id.
- * 4. Every live table has an owner that is registered, and every block of it is on a registered shard.
+ * 3. Every live table has an owner that is registered, and every block of it is on a registered shard.
  */
 import type {
   BlockRef,
@@ -20,10 +18,13 @@ import type {
   ShardHeartbeatReply,
 } from '@lamina/protocol';
 import { type AttentionSpec, type KvDtype, type KvLayout, LaminaError, sameAttentionSpec } from '@lamina/tensor';
-import { BlockPool, BlockTable } from './block-table.ts';
+import { BlockPool } from './block-table.ts';
 import { Capacity } from './capacity.ts';
+import { type Fence, Fences, nameOrigins } from './fences.ts';
 import { Membership } from './membership.ts';
+import { otherModel, ServedModel } from './served-model.ts';
 import { describeSpec } from './spec.ts';
+import { type AllocateRequest, type ExecutorTables, type ExtendRequest, Tables, type TrimRequest } from './tables.ts';
 
 export interface KvManagerOptions {
   /** Random per process. */
@@ -48,8 +49,9 @@ interface Executor {
   readonly registration: number;
   readonly modelId: string;
   readonly spec: AttentionSpec;
-  /** Live and void, by request id. */
-  readonly tables: Map<string, BlockTable>;
+  readonly tables: ExecutorTables;
+  /** All that were named under this registration, the latest last. */
+  readonly originIds: Set<number>;
 }
 
 interface Shard {
@@ -58,12 +60,6 @@ interface Shard {
   kernel: string;
   /** Undefined until the shard has its memory. */
   pool: BlockPool | undefined;
-}
-
-interface TableRequest {
-  readonly requestId: string;
-  readonly executorId: string;
-  readonly numTokens: number;
 }
 
 /** Heartbeat interval while a shard waits for the first executor to bring the layout. */
@@ -75,10 +71,10 @@ export class KvManager {
   readonly #options: KvManagerOptions;
   readonly #executors: Membership<Executor>;
   readonly #shards: Membership<Shard>;
+  readonly #model: ServedModel;
   readonly #capacity: Capacity;
-  readonly #liveTables = new Map<string, BlockTable>();
-  #layout: KvLayout | null = null;
-  #modelId: string | null = null;
+  readonly #tables: Tables;
+  readonly #fences = new Fences((fence) => this.#onLifted(fence));
   #numRegistrations = 0;
 
   constructor(options: KvManagerOptions) {
@@ -87,6 +83,8 @@ export class KvManager {
     this.#shards = new Membership(options.heartbeatTimeoutMs);
     const { blockSizeTokens, spreadAboveTokens, events } = options;
     this.#capacity = new Capacity({ blockSizeTokens, spreadAboveTokens, onCapacityFreed: events.onCapacityFreed });
+    this.#model = new ServedModel(blockSizeTokens, options.kvDtype);
+    this.#tables = new Tables(this.#capacity, blockSizeTokens);
   }
 
   get isEmpty(): boolean {
@@ -94,7 +92,11 @@ export class KvManager {
   }
 
   get numRequests(): number {
-    return this.#liveTables.size;
+    return this.#tables.numLive;
+  }
+
+  get numFences(): number {
+    return this.#fences.size;
   }
 
   get pools(): readonly BlockPool[] {
@@ -107,10 +109,11 @@ export class KvManager {
     if (former === undefined) this.#adoptModel(modelId, spec);
     else if (former.modelId !== modelId || !sameAttentionSpec(former.spec, spec))
       throw otherModel(modelId, spec, former.modelId, former.spec);
-    const { tables, registration } = this.#executors.hear(executorId, this.#options.nowMs(), () => {
+    const { tables, registration, originIds } = this.#executors.hear(executorId, this.#options.nowMs(), () => {
       this.#options.events.onNote('executor registered', { executorId, modelId });
-      return { registration: ++this.#numRegistrations, modelId, spec, tables: new Map() };
+      return { registration: ++this.#numRegistrations, modelId, spec, tables: new Map(), originIds: new Set() };
     });
+    nameOrigins(originIds, beat.originIds);
     const voidRequestIds: string[] = [];
     const takenOverRequestIds: string[] = [];
     for (const { requestId, voidReason } of tables.values()) {
@@ -135,23 +138,26 @@ export class KvManager {
     if (known) {
       const shard = this.#shards.hear(shardId, this.#options.nowMs(), () => ({ budgetBytes, kernel, pool: undefined }));
       if (numBlocks !== null) this.#join(shardId, shard, beat, numBlocks);
+      this.#fences.confirm(shardId, beat.fencedUpTo);
     }
     const pool = this.#shards.get(shardId)?.pool;
     const { managerEpoch, heartbeatIntervalMs } = this.#options;
+    const { layout } = this.#model;
     return {
       managerEpoch,
-      layout: this.#layout,
+      layout,
       heartbeatIntervalMs:
-        this.#layout === null ? Math.min(heartbeatIntervalMs, NO_LAYOUT_HEARTBEAT_MS) : heartbeatIntervalMs,
+        layout === null ? Math.min(heartbeatIntervalMs, NO_LAYOUT_HEARTBEAT_MS) : heartbeatIntervalMs,
       known,
       usedBlocks: pool?.usedBlocks ?? 0,
       usedBlocksPeak: pool?.usedBlocksPeak ?? 0,
+      fences: this.#fences.noticesFor(shardId),
     };
   }
 
   executorLeave(executorId: string): void {
     const executor = this.#executors.remove(executorId);
-    if (executor !== undefined) this.#releaseAll(executorId, executor, 'executor left');
+    if (executor !== undefined) this.#fence(executorId, executor, 'executor left');
   }
 
   hasShard(shardId: string): boolean {
@@ -164,76 +170,34 @@ export class KvManager {
     if (shard !== undefined) this.#loseShard(shardId, shard, text);
   }
 
-  /** A new table for a request: all of its blocks, or a LaminaError and none. */
-  allocate(request: TableRequest & { readonly maxTokens: number; readonly deliveryCount: number }): BlockRef[] {
-    const { requestId, executorId, numTokens, maxTokens, deliveryCount } = request;
+  /** As Tables.allocate. */
+  allocate(request: AllocateRequest): BlockRef[] {
+    const { executorId } = request;
     const executor = this.#executors.get(executorId);
     if (executor === undefined)
       throw new LaminaError('unavailable', `executor ${executorId} is not registered; it must send a heartbeat first`);
-    this.#release(executor, requestId);
-    const other = this.#liveTables.get(requestId);
-    if (other !== undefined && other.deliveryCount > deliveryCount)
-      throw new LaminaError('duplicate_id', `request ${requestId} was taken over by another executor`);
-    if (numTokens > maxTokens)
-      throw new LaminaError('invalid_request', `numTokens ${numTokens} is more than maxTokens ${maxTokens}`);
-    this.#capacity.checkTotal(maxTokens);
-    const numBlocks = this.#capacity.blocksFor(numTokens);
-    this.#capacity.checkFree(numBlocks);
-    if (other !== undefined) this.#makeVoid(other, { kind: 'taken_over' });
-    const table = new BlockTable(requestId, executorId, deliveryCount);
-    this.#capacity.place(table, numBlocks);
-    executor.tables.set(requestId, table);
-    this.#liveTables.set(requestId, table);
-    return table.refs();
+    return this.#tables.allocate(executor.tables, request);
   }
 
-  /** Blocks at the end of a table, so that it has room for `numTokens`; those after the caller's `numBlocks` are returned. */
-  extend(request: TableRequest & { readonly numBlocks: number }): BlockRef[] {
-    const { requestId, executorId, numTokens, numBlocks } = request;
-    const table = this.#executors.get(executorId)?.tables.get(requestId);
-    if (table === undefined)
-      throw new LaminaError('invalid_request', `executor ${executorId} has no block table of request ${requestId}`);
-    if (table.voidReason?.kind === 'shard_lost')
-      throw new LaminaError('shard_lost', `request ${requestId} had KV on ${table.voidReason.shardId}, which is lost`);
-    if (table.voidReason !== undefined)
-      throw new LaminaError('duplicate_id', `request ${requestId} was taken over by another executor`);
-    if (numBlocks > table.numBlocks || numBlocks < table.numFreed)
-      throw new LaminaError(
-        'invalid_request',
-        `request ${requestId} has blocks ${table.numFreed} to ${table.numBlocks}, not ${numBlocks}`,
-      );
-    const numAdded = this.#capacity.blocksFor(numTokens) - table.numBlocks;
-    if (numAdded <= 0) return table.refs(numBlocks);
-    this.#capacity.checkTotal(numTokens - table.numFreed * this.#options.blockSizeTokens);
-    this.#capacity.checkFree(numAdded);
-    this.#capacity.place(table, numAdded);
-    return table.refs(numBlocks);
+  /** As Tables.extend. */
+  extend(request: ExtendRequest): BlockRef[] {
+    return this.#tables.extend(this.#executors.get(request.executorId)?.tables, request);
   }
 
-  /** Frees the first blocks of the caller's table, `numFreedBlocks` with those of earlier calls; no error without a table. */
-  trim(request: { readonly requestId: string; readonly executorId: string; readonly numFreedBlocks: number }): void {
-    const { requestId, executorId, numFreedBlocks } = request;
-    const table = this.#executors.get(executorId)?.tables.get(requestId);
-    if (table === undefined || numFreedBlocks <= table.numFreed) return;
-    if (numFreedBlocks > table.numBlocks)
-      throw new LaminaError(
-        'invalid_request',
-        `request ${requestId} has ${table.numBlocks} blocks, ${numFreedBlocks} cannot be freed`,
-      );
-    table.trim(numFreedBlocks);
-    this.#capacity.announce();
+  /** As Tables.trim. */
+  trim(request: TrimRequest): void {
+    this.#tables.trim(this.#executors.get(request.executorId)?.tables, request);
   }
 
-  /** Frees the caller's table of this id, live or void. Nobody else's, and no error when there is none. */
+  /** As Tables.free. */
   free(requestId: string, executorId: string): void {
-    const executor = this.#executors.get(executorId);
-    if (executor !== undefined) this.#release(executor, requestId);
+    this.#tables.free(this.#executors.get(executorId)?.tables, requestId);
   }
 
   /** Removes whoever was silent for the time-out. */
   tick(): void {
     const nowMs = this.#options.nowMs();
-    for (const { id, member } of this.#executors.expire(nowMs)) this.#releaseAll(id, member, 'executor lost');
+    for (const { id, member } of this.#executors.expire(nowMs)) this.#fence(id, member, 'executor lost');
     for (const { id, member } of this.#shards.expire(nowMs)) this.#loseShard(id, member, 'shard lost');
   }
 
@@ -259,37 +223,28 @@ export class KvManager {
       });
     return {
       managerEpoch: this.#options.managerEpoch,
-      modelId: this.#modelId,
-      layout: this.#layout,
+      modelId: this.#model.modelId,
+      layout: this.#model.layout,
       executors,
       shards,
       numRequests: this.numRequests,
     };
   }
 
-  /** The layout of the first executor stands while any executor lives; then another model may bring its own. */
   #adoptModel(modelId: string, spec: AttentionSpec): void {
-    const { blockSizeTokens, kvDtype, events } = this.#options;
-    const layout = this.#layout;
-    if (layout !== null && this.#modelId !== null) {
-      const isSame = sameAttentionSpec(layout, spec);
-      if (this.#executors.size > 0 && (!isSame || this.#modelId !== modelId))
-        throw otherModel(modelId, spec, this.#modelId, layout);
-      if (!isSame) {
-        // Shards are forgotten with their memory: each comes again under a new id (invariant 3).
-        events.onNote('layout dropped', { modelId: this.#modelId, spec: describeSpec(layout) });
-        this.#layout = null;
-        this.#shards.clear();
-        this.#capacity.clear();
-      }
-    }
-    this.#modelId = modelId;
-    this.#layout ??= { ...spec, blockSizeTokens, kvDtype };
+    const dropped = this.#model.adopt(modelId, spec, this.#executors.size > 0);
+    if (dropped === null) return;
+    // Shards are forgotten with their memory: each comes again under a new id (invariant 2).
+    this.#options.events.onNote('layout dropped', { spec: describeSpec(dropped), nextModelId: modelId });
+    this.#shards.clear();
+    this.#capacity.clear();
+    this.#fences.removeAllShards();
   }
 
   #theLayout(): KvLayout {
-    if (this.#layout === null) throw new LaminaError('internal', 'an executor is registered and there is no layout');
-    return this.#layout;
+    const { layout } = this.#model;
+    if (layout === null) throw new LaminaError('internal', 'an executor is registered and there is no layout');
+    return layout;
   }
 
   /** A registered shard says that it has its memory. */
@@ -299,7 +254,8 @@ export class KvManager {
         throw new LaminaError('protocol_violation', `shard ${shardId} changed its number of blocks`);
       return;
     }
-    if (this.#layout === null || numBlocks * this.#layout.blockSizeTokens > MAX_SLOTS)
+    const { layout } = this.#model;
+    if (layout === null || numBlocks * layout.blockSizeTokens > MAX_SLOTS)
       throw new LaminaError('protocol_violation', `shard ${shardId} has ${numBlocks} blocks of no valid layout`);
     const pool = new BlockPool(shardId, numBlocks);
     shard.kernel = beat.kernel;
@@ -312,40 +268,24 @@ export class KvManager {
     const { pool } = shard;
     if (pool === undefined) return;
     this.#capacity.remove(pool);
-    let numTables = 0;
-    for (const table of [...this.#liveTables.values()]) {
-      if (table.numBlocksOn(pool) === 0) continue;
-      this.#makeVoid(table, { kind: 'shard_lost', shardId });
-      numTables++;
-    }
+    const numTables = this.#tables.loseShard(pool);
+    this.#fences.removeShard(shardId);
     this.#options.events.onNote(text, { shardId, numTables });
     this.#options.events.onShardLost(shardId);
   }
 
-  #makeVoid(table: BlockTable, reason: NonNullable<BlockTable['voidReason']>): void {
-    table.voidReason = reason;
-    this.#liveTables.delete(table.requestId);
+  /** Nothing of an executor that is no more may be written to its blocks when they have another owner. */
+  #fence(executorId: string, { tables: own, originIds }: Executor, text: string): void {
+    const tables = this.#tables.takeAll(own);
+    this.#options.events.onNote(text, { executorId, numTables: tables.length });
+    if (tables.length === 0) return;
+    const hasBlocks = (pool: BlockPool): boolean => tables.some((table) => table.numBlocksOn(pool) > 0);
+    const shardIds = this.#capacity.pools.filter(hasBlocks).map(({ shardId }) => shardId);
+    this.#fences.raise(executorId, originIds, tables, shardIds);
   }
 
-  #releaseAll(executorId: string, executor: Executor, text: string): void {
-    this.#options.events.onNote(text, { executorId, numTables: executor.tables.size });
-    for (const requestId of [...executor.tables.keys()]) this.#release(executor, requestId);
-  }
-
-  #release(executor: Executor, requestId: string): void {
-    const table = executor.tables.get(requestId);
-    if (table === undefined) return;
-    executor.tables.delete(requestId);
-    if (this.#liveTables.get(requestId) === table) this.#liveTables.delete(requestId);
-    table.release();
+  #onLifted({ number, executorId }: Fence): void {
+    this.#options.events.onNote('blocks of an executor that is no more are free', { executorId, fence: number });
     this.#capacity.announce();
   }
-}
-
-function otherModel(modelId: string, spec: AttentionSpec, formerId: string, former: AttentionSpec): LaminaError {
-  return new LaminaError(
-    'invalid_request',
-    `this cluster serves ${formerId} (${describeSpec(former)}), not ${modelId} (${describeSpec(spec)}); ` +
-      'stop its executors first, or start another cluster',
-  );
 }

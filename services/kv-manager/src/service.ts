@@ -156,4 +156,10 @@ function registerGauges({ registry }: KvManagerContext, manager: KvManager): voi
     registers: [registry],
     collect: () => requests.set(manager.numRequests),
   });
+  const fences: Gauge = new Gauge({
+    name: 'lamina_kv_fences',
+    help: 'Executors that are no more and whose blocks wait until the shards refuse them',
+    registers: [registry],
+    collect: () => fences.set(manager.numFences),
+  });
 }

@@ -20,6 +20,7 @@ export class Fixture {
   readonly manager: KvManager;
   /** Blocks that the owner of a table knows of, by executor and request. */
   readonly #numKnown = new Map<string, number>();
+  readonly #fencedUpTo = new Map<string, number>();
 
   constructor(options: Partial<KvManagerOptions> = {}) {
     this.manager = new KvManager({
@@ -39,13 +40,14 @@ export class Fixture {
     });
   }
 
-  executor(executorId: string, spec = SPEC, modelId = 'tiny') {
-    return this.manager.executorHeartbeat({ executorId, modelId, spec });
+  executor(executorId: string, spec = SPEC, modelId = 'tiny', originIds = [1]) {
+    return this.manager.executorHeartbeat({ executorId, modelId, spec, originIds });
   }
 
-  /** One heartbeat; `numBlocks` null: the shard has no memory yet. */
-  shard(shardId: string, numBlocks: number | null) {
-    return this.manager.shardHeartbeat({ shardId, budgetBytes: 1024, kernel: 'portable', numBlocks });
+  /** One heartbeat; `numBlocks` null: the shard has no memory yet. `fencedUpTo`: by default what it confirmed last. */
+  shard(shardId: string, numBlocks: number | null, fencedUpTo = this.#fencedUpTo.get(shardId) ?? 0) {
+    this.#fencedUpTo.set(shardId, fencedUpTo);
+    return this.manager.shardHeartbeat({ shardId, budgetBytes: 1024, kernel: 'portable', numBlocks, fencedUpTo });
   }
 
   /** Both heartbeats of a shard that joins. */

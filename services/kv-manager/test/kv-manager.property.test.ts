@@ -1,6 +1,7 @@
 /**
- * Any sequence of operations under fake time keeps the books: no block in two tables, no leak, used + free = total,
- * order kept, and what is refused changes nothing. The model is what callers know: the tables they were given.
+ * Any sequence of operations under fake time keeps the books: no block in two tables, none given out while a fence on it
+ * waits for a shard, no leak, used + free = total, order kept, and what is refused changes nothing; and fences always end.
+ * The model is what callers know: the tables they were given, and the fences that shards confirmed.
  */
 import type { BlockRef } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
@@ -37,6 +38,7 @@ type Operation =
   | { readonly kind: 'free'; readonly request: number; readonly executor: number }
   | { readonly kind: 'join' | 'leave' | 'shardBeat'; readonly shard: number; readonly blocks: number }
   | { readonly kind: 'executorBeat' | 'executorLeave'; readonly executor: number }
+  | { readonly kind: 'confirm'; readonly shard: number; readonly count: number }
   | { readonly kind: 'stranger'; readonly shard: number; readonly blocks: number }
   | { readonly kind: 'forgive' }
   | { readonly kind: 'wait'; readonly ms: number };
@@ -73,7 +75,8 @@ const operation: fc.Arbitrary<Operation> = fc.oneof(
     arbitrary: fc.record({ kind: fc.constantFrom('join', 'join', 'leave', 'shardBeat'), shard, blocks }),
   },
   { weight: 3, arbitrary: fc.record({ kind: fc.constant('executorBeat' as const), executor }) },
-  { weight: 1, arbitrary: fc.record({ kind: fc.constant('executorLeave' as const), executor }) },
+  { weight: 2, arbitrary: fc.record({ kind: fc.constant('executorLeave' as const), executor }) },
+  { weight: 2, arbitrary: fc.record({ kind: fc.constant('confirm' as const), shard, count: fc.nat(3) }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant('stranger' as const), shard, blocks }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant('forgive' as const) }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant('wait' as const), ms: fc.constantFrom(500, 2000, 4000) }) },
@@ -91,11 +94,21 @@ interface OwnTable {
   numKnown: number;
 }
 
+/** Blocks of an executor that is no more. */
+interface OwnFence {
+  readonly refs: readonly BlockRef[];
+  readonly waitingFor: Set<string>;
+}
+
 /** Runs operations on a kv-manager and on the callers' view of it, and compares after each. */
 class Run {
   readonly fixture = new Fixture({ spreadAboveTokens: 2 * BLOCK });
   /** By executor and request: live or void. */
   readonly #tables = new Map<string, OwnTable>();
+  /** By origin id: every registration has one of its own. */
+  readonly #fences = new Map<number, OwnFence>();
+  readonly #originIds = EXECUTORS.map((_, executor) => executor);
+  #numOrigins = EXECUTORS.length;
   /** Size by shard id. A shard that left never comes again under the same id. */
   readonly #sizes = new Map<string, number>();
   readonly #ids = Array.from({ length: SHARD_SLOTS }, (_, i) => `s${i}-0`);
@@ -178,15 +191,27 @@ class Run {
       case 'shardBeat': {
         const id = this.#ids[operation.shard]!;
         const size = this.#sizes.get(id);
-        if (size !== undefined) equal(fixture.shard(id, size).known, true);
+        if (size === undefined) return;
+        const { known, fences } = fixture.shard(id, size);
+        equal(known, true);
+        equal(
+          fences
+            .flatMap(({ originIds }) => originIds)
+            .sort()
+            .join(),
+          this.#fencesOf(id).sort().join(),
+        );
         return;
       }
+      case 'confirm':
+        this.#confirm(this.#ids[operation.shard]!, operation.count);
+        return;
       case 'executorBeat':
         this.#beat(operation.executor);
         return;
       case 'executorLeave':
         fixture.manager.executorLeave(EXECUTORS[operation.executor]!);
-        this.#forgetUnregistered();
+        this.#fenceUnregistered();
         return;
       case 'stranger': {
         // A shard with memory that this kv-manager did not give out: whatever it holds is nobody's.
@@ -201,18 +226,45 @@ class Run {
       case 'wait':
         fixture.nowMs += operation.ms;
         fixture.manager.tick();
+        this.#fenceUnregistered();
         this.#renameLostShards();
-        this.#forgetUnregistered();
     }
   }
 
-  #forgetUnregistered(): void {
-    for (const id of [...this.#tables.keys()]) if (!this.#isRegistered(Number(id[0]))) this.#tables.delete(id);
+  /** An executor that is no more leaves its tables to a fence, which waits for the shards that they are on. */
+  #fenceUnregistered(): void {
+    for (const executor of EXECUTORS.keys()) {
+      if (this.#isRegistered(executor)) continue;
+      const tables = [...this.#tables.values()].filter((table) => table.executor === executor);
+      for (const table of tables) this.#tables.delete(key(executor, table.request));
+      const refs = tables.flatMap((table) => table.refs);
+      const waitingFor = new Set(refs.map(({ shardId }) => shardId).filter((shardId) => this.#sizes.has(shardId)));
+      if (waitingFor.size > 0) this.#fences.set(this.#originIds[executor]!, { refs, waitingFor });
+      this.#originIds[executor] = this.#numOrigins++;
+    }
+  }
+
+  /** Origins of the fences that wait for a shard. */
+  #fencesOf(shardId: string): number[] {
+    return [...this.#fences].filter(([, { waitingFor }]) => waitingFor.has(shardId)).map(([originId]) => originId);
+  }
+
+  /** A shard hears of its fences, and confirms the first `count` of them. */
+  #confirm(shardId: string, count: number): void {
+    const size = this.#sizes.get(shardId);
+    if (size === undefined) return;
+    const confirmed = this.fixture.shard(shardId, size).fences.slice(0, count);
+    if (confirmed.length === 0) return;
+    this.fixture.shard(shardId, size, confirmed.at(-1)!.number);
+    for (const originId of confirmed.flatMap(({ originIds }) => originIds)) {
+      equal(this.#fences.get(originId)?.waitingFor.delete(shardId), true);
+      if (this.#fences.get(originId)?.waitingFor.size === 0) this.#fences.delete(originId);
+    }
   }
 
   /** A heartbeat tells an executor which of its tables are void, and why. */
   #beat(executor: number): void {
-    const reply = this.fixture.executor(EXECUTORS[executor]!);
+    const reply = this.fixture.executor(EXECUTORS[executor]!, undefined, undefined, [this.#originIds[executor]!]);
     const inState = (state: OwnTable['state']): string =>
       [...this.#tables.values()]
         .filter((table) => table.executor === executor && table.state === state)
@@ -235,6 +287,8 @@ class Run {
   #renameLostShards(): void {
     for (const shardId of this.fixture.lostShards.splice(0)) {
       this.#sizes.delete(shardId);
+      for (const [originId, { waitingFor }] of this.#fences)
+        if (waitingFor.delete(shardId) && waitingFor.size === 0) this.#fences.delete(originId);
       for (const table of this.#tables.values())
         if (table.state === 'live' && table.refs.some((ref) => ref.shardId === shardId)) table.state = 'shardLost';
       this.#ids[Number(shardId[1])] = `s${shardId[1]}-${++this.#numIds}`;
@@ -248,7 +302,8 @@ class Run {
   #check(): void {
     const { manager } = this.fixture;
     const owners = new Map<string, string>();
-    for (const [owner, { refs }] of this.#tables)
+    const fenced = [...this.#fences].map(([originId, fence]) => [`the fence of ${originId}`, fence] as const);
+    for (const [owner, { refs }] of [...this.#tables, ...fenced])
       for (const { shardId, block } of refs) {
         const size = this.#sizes.get(shardId);
         if (size === undefined) continue;
@@ -262,24 +317,27 @@ class Run {
       used += pool.usedBlocks;
       equal(pool.usedBlocks + pool.freeBlocks, this.#sizes.get(pool.shardId));
     }
-    // As many as the tables name: none leaked, none given out twice.
+    // As many as tables and fences name: none leaked, none given out twice.
     equal(used, owners.size);
+    equal(manager.numFences, this.#fences.size);
     equal(manager.pools.length, this.#sizes.size);
     const live = [...this.#tables.values()].filter(({ state }) => state === 'live');
     equal(manager.numRequests, live.length);
     equal(new Set(live.map((table) => table.request)).size, live.length);
   }
 
-  /** When everyone has let go, everything is free, and a request that needs all of it gets it: nothing is stuck. */
+  /** When everyone has let go and every shard has confirmed, everything is free, and a request that needs all of it gets it: nothing is stuck. */
   finish(): void {
     for (const [executor, executorId] of EXECUTORS.entries())
       for (let request = 0; request < 4; request++) {
         this.fixture.manager.free(name(request), executorId);
         this.#tables.delete(key(executor, request));
       }
+    for (const shardId of this.#sizes.keys()) this.#confirm(shardId, Number.POSITIVE_INFINITY);
     this.#check();
     const { manager } = this.fixture;
     equal(manager.numRequests, 0);
+    equal(manager.numFences, 0);
     let numBlocks = 0;
     for (const size of this.#sizes.values()) numBlocks += size;
     if (numBlocks === 0) return;

@@ -45,6 +45,7 @@ const session = await DenseSession.load(options, new NativeGuard(options.nativeG
 const replySubjectOf = (wave: number | string, shardIndex: number | string): string =>
   SUBJECTS.workerTensors(options.workerId, wave, shardIndex);
 const lease = new KvLease(options.lease);
+let { originId } = options;
 const layerCycle = compileLayerCycle();
 const waves = Array.from(
   { length: options.numWaves },
@@ -55,7 +56,7 @@ const waves = Array.from(
       attentionThreads: options.intraOpThreads,
       transport: bus,
       layerCycle,
-      originId: options.originId,
+      originId,
       isBodyChecked: options.isBodyChecked,
       replySubjectOf,
       lease,
@@ -90,7 +91,7 @@ bus.subscribe(replySubjectOf('*', '*'), (message) => {
     if (header.kind === 0) return;
   }
   const wave = waves[header.waveIndex];
-  if (header.originId !== options.originId || wave === undefined) return;
+  if (header.originId !== originId || wave === undefined) return;
   if (damage !== undefined) wave.exchange.receiveFailure(header, damage);
   else if (header.kind === FRAME_KIND.partial) wave.exchange.receive(data, header);
   else if (header.kind === FRAME_KIND.failure) {
@@ -144,6 +145,15 @@ async function runStep(step: StepRequest): Promise<void> {
   post(result);
 }
 
+function takeOrigin(newOriginId: number): void {
+  originId = newOriginId;
+  for (const wave of waves) {
+    wave.originId = newOriginId;
+    // Its blocks are gone, and shards may refuse it without a word.
+    wave.exchange.fail(new LaminaError('unavailable', 'the kv-manager had lost this executor'), []);
+  }
+}
+
 async function stop(): Promise<void> {
   clearInterval(watch);
   await bus.close();
@@ -154,6 +164,7 @@ async function stop(): Promise<void> {
 
 port.on('message', (message: ToWorker) => {
   if (message.kind === 'step') void runStep(message);
+  else if (message.kind === 'origin') takeOrigin(message.originId);
   else if (message.kind === 'stop') void stop();
   else if (message.kind === 'abort') {
     const { waveIndex, stepId } = message;

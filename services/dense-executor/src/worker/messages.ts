@@ -15,7 +15,7 @@ export interface WorkerOptions {
   /** Of this executor's workers. */
   readonly workerIndex: number;
   readonly nativeGuard: NativeGuardMemory;
-  /** Random; names this worker in every tensor frame. */
+  /** Random; names this worker in every tensor frame until it is given another. */
   readonly originId: number;
   readonly natsUrl: string;
   readonly natsConnectTimeoutMs: number;
@@ -98,11 +98,17 @@ export interface Abort {
   readonly stepId: number;
 }
 
+/** Another origin id, for the steps that come after it; those in flight fail. */
+export interface NewOrigin {
+  readonly kind: 'origin';
+  readonly originId: number;
+}
+
 export interface Stop {
   readonly kind: 'stop';
 }
 
-export type ToWorker = StepRequest | ShardLost | Abort | Stop;
+export type ToWorker = StepRequest | ShardLost | Abort | NewOrigin | Stop;
 
 /** Milliseconds of one step by cause. */
 export interface StepTimings {

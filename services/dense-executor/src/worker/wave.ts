@@ -25,12 +25,13 @@ import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
 
 export class Wave {
   readonly exchange: TensorExchange;
+  /** Of the steps that are run from now on. */
+  originId: number;
   readonly #dims: ModelDims;
   readonly #session: DenseSession;
   readonly #self: SelfAttention;
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
-  readonly #originId: number;
   readonly #isBodyChecked: boolean;
   readonly #replySubjectOf: (waveIndex: number, shardIndex: number) => string;
 
@@ -51,7 +52,7 @@ export class Wave {
     this.#self = new SelfAttention(options.dims, options.attentionThreads);
     this.#sampler = new Sampler(options.dims.vocabSize);
     this.#cursor = new LayerCursor(options.layerCycle);
-    this.#originId = options.originId;
+    this.originId = options.originId;
     this.#isBodyChecked = options.isBodyChecked;
     this.#replySubjectOf = options.replySubjectOf;
     this.exchange = new TensorExchange(options.dims, options.transport, options.lease);
@@ -98,7 +99,7 @@ export class Wave {
       shardIndex: 0,
       bodyBytes: 0,
       partOffset: 0,
-      originId: this.#originId,
+      originId: this.originId,
       isBodyChecked: this.#isBodyChecked,
     };
     if (step.self !== null) await this.#self.begin(step.self);
