@@ -178,3 +178,27 @@ test.each(['a layer', 'a plan and its layer'])(
     expect(unpackMessage(body)).toMatchObject({ code: 'unavailable' });
   },
 );
+
+test('the blocks of an executor that was lost are free a heartbeat later, again and again', async () => {
+  const heir = new FakeExecutor('heir', 2);
+  await heir.beat();
+  heir.keepBeating();
+  const waitsMs: number[] = [];
+  for (let round = 0; round < 5; round++) {
+    const lost = new FakeExecutor(`lost${round}`, 10 + round);
+    await lost.beat();
+    await allocateSoon(lost);
+    await eventually(async () => {
+      const { executors } = await bus.request(ENDPOINTS.kvStatus, {}, TIMEOUT);
+      return executors.length === 1 ? true : undefined;
+    });
+    const lostAtMs = performance.now();
+    await allocateSoon(heir);
+    waitsMs.push(performance.now() - lostAtMs);
+    await bus.request(ENDPOINTS.free, { requestId: 'heir', executorId: 'heir' }, TIMEOUT);
+  }
+  waitsMs.sort((a, b) => a - b);
+  console.log(`free after ${waitsMs.map(Math.round).join(', ')} ms, with a heartbeat every ${HEARTBEAT_MS} ms`);
+  // Not the silence of a shard that does not confirm.
+  expect(waitsMs[2]).toBeLessThan(HEARTBEAT_TIMEOUT_MS);
+});
