@@ -226,7 +226,7 @@ function chunk(
   shards: string[],
 ): { exchange: TensorExchange; sent: FrameHeader[]; local: LocalPartial } {
   const lease = new KvLease();
-  lease.renew(lease.mark(), 60_000, false);
+  lease.renew(lease.mark(), 60_000);
   const sent: FrameHeader[] = [];
   const transport = {
     maxPayloadBytes: 1 << 20,
