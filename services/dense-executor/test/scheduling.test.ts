@@ -22,10 +22,12 @@ describe('Scheduler', () => {
     const subject = scheduler(1);
     const long = request({ numPromptTokens: 100 });
     const other = request({ numPromptTokens: 100 });
-    const decoding = request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' });
-    for (const each of [long, other, decoding]) subject.add(each);
+    const decoding = Array.from({ length: 3 }, () =>
+      request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' }),
+    );
+    for (const each of [long, other, ...decoding]) subject.add(each);
     expect(subject.formStep(0).map(({ request: { id }, start, numTokens }) => [id, start, numTokens])).toEqual([
-      [decoding.id, 19, 1],
+      ...decoding.map(({ id }) => [id, 19, 1]),
       [long.id, 0, 32],
       [other.id, 0, 16],
     ]);
@@ -39,6 +41,17 @@ describe('Scheduler', () => {
     expect(chunk()).toEqual([[0, 64]]);
     subject.add(request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' }));
     expect(chunk()).toEqual([[0, 32]]);
+  });
+
+  it('gives prompts the whole step while no more requests decode than prompts wait', () => {
+    const subject = scheduler(1);
+    const prompts = [request({ numPromptTokens: 100 }), request({ numPromptTokens: 100 })];
+    for (const each of prompts) subject.add(each);
+    const chunk = () => subject.formStep(0).find(({ request: { phase } }) => phase === 'prefill')?.numTokens;
+    for (let numDecoding = 1; numDecoding <= 3; numDecoding++) {
+      subject.add(request({ numPromptTokens: 20, numComputed: 19, phase: 'decode' }));
+      expect(chunk()).toBe(numDecoding < 3 ? 48 : 32);
+    }
   });
 
   it('ends a chunk at a block, so far as it can', () => {

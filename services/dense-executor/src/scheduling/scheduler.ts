@@ -4,9 +4,10 @@
  * Invariants
  * 1. A request belongs to one wave at a time and changes it only between steps (the paper's section 4.3 with n = 2:
  *    waves share nothing, so moving one needs no migration of context).
- * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left. A chunk
- *    is as large as that while nobody decodes, in any wave, and else has at most prefillChunkTokens: decoding requests
- *    wait for the dense stages of the whole chunk. It ends at a block, so that the next one sees itself (step-builder).
+ * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left. Decoding
+ *    requests of all waves wait for the dense stages of a chunk, so beside them it has at most prefillChunkTokens; while
+ *    nobody decodes, or several prompts wait and no more requests decode, it may fill the step. It ends at a block, so
+ *    that the next one sees itself (step-builder).
  * 3. A request left out for lack of budget goes first in the next step.
  * 4. No token is scheduled that has no room in its request's block table.
  * 5. Drafts only fill a step of decode tokens up to MAX_SPECULATED_ROWS: there a pass costs little more than for one row,
@@ -71,8 +72,16 @@ export class Scheduler {
   /** Most prompt tokens of one request in a step that is formed now. */
   get #chunkTokens(): number {
     const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
-    const isDecoding = this.#waves.some((wave) => wave.some(({ phase }) => phase === 'decode'));
-    return isDecoding ? Math.min(prefillChunkTokens, maxBatchedTokens) : maxBatchedTokens;
+    let numDecoding = 0;
+    let numPrefilling = 0;
+    for (const wave of this.#waves) {
+      for (const { phase } of wave) {
+        if (phase === 'decode') numDecoding++;
+        else if (phase === 'prefill') numPrefilling++;
+      }
+    }
+    const isForPrompts = numDecoding === 0 || (numPrefilling > 1 && numPrefilling >= numDecoding);
+    return isForPrompts ? maxBatchedTokens : Math.min(prefillChunkTokens, maxBatchedTokens);
   }
 
   /** Puts a request into the wave with the fewest. */
