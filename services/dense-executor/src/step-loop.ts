@@ -108,8 +108,9 @@ export class StepLoop {
   }
 
   onStepDone(wave: number, result: StepDone): void {
-    const { requests, metrics } = this.#options;
+    const { requests, metrics, scheduler } = this.#options;
     const { entries } = this.#endStep(wave);
+    scheduler.stepTook(entries, result.timings.totalMs);
     let row = 0;
     for (const entry of entries) {
       const { request, numTokens, draft } = entry;

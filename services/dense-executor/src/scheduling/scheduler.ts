@@ -5,7 +5,7 @@
  * 1. A request belongs to one wave at a time and changes it only between steps (the paper's section 4.3 with n = 2:
  *    waves share nothing, so moving one needs no migration of context).
  * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left. Decoding
- *    requests of all waves wait for the dense stages of a chunk, so beside them it has at most prefillChunkTokens; while
+ *    requests of all waves wait for a chunk, so beside them it has at most prefillChunkTokens (chunk-limit.ts); while
  *    nobody decodes, or several prompts wait and no more requests decode, it may fill the step. It ends at a block, so
  *    that the next one sees itself (step-builder).
  * 3. A request left out for lack of budget goes first in the next step.
@@ -16,6 +16,7 @@
 import type { ModelDescription } from '@lamina/model';
 import type { KvDtype } from '@lamina/tensor';
 import type { GenerationRequest } from '../request/request.ts';
+import { ChunkLimit } from './chunk-limit.ts';
 import { PromptLookup } from './prompt-lookup.ts';
 
 export interface SchedulerLimits {
@@ -44,6 +45,7 @@ const byUrgency = (a: GenerationRequest, b: GenerationRequest): number =>
 export class Scheduler {
   readonly #limits: SchedulerLimits;
   readonly #waves: GenerationRequest[][];
+  readonly #chunkLimit = new ChunkLimit();
   blockSizeTokens = 1;
   kvDtype: KvDtype = 'f32';
   /** Tokens back to which some layer sees, the query's own included; Infinity when some layer sees all. */
@@ -81,7 +83,19 @@ export class Scheduler {
       }
     }
     const isForPrompts = numDecoding === 0 || (numPrefilling > 1 && numPrefilling >= numDecoding);
-    return isForPrompts ? maxBatchedTokens : Math.min(prefillChunkTokens, maxBatchedTokens);
+    return isForPrompts ? maxBatchedTokens : this.#chunkLimit.limit(Math.min(prefillChunkTokens, maxBatchedTokens));
+  }
+
+  /** A step of these entries has taken so long. */
+  stepTook(entries: readonly StepEntry[], totalMs: number): void {
+    let numDecodeTokens = 0;
+    let numPromptTokens = 0;
+    for (const { request, numTokens } of entries) {
+      if (request.phase === 'prefill') numPromptTokens += numTokens;
+      else numDecodeTokens += numTokens;
+    }
+    const isDisturbed = this.#waves.some((wave) => wave.some(({ phase }) => phase === 'prefill'));
+    this.#chunkLimit.observe({ numDecodeTokens, numPromptTokens, isDisturbed, totalMs });
   }
 
   /** Puts a request into the wave with the fewest. */
