@@ -25,7 +25,9 @@ export function openRows(weight: Weight, checkpoint: Checkpoint): ValueRows {
   const { source, storage, role, dims } = weight;
   if (source.kind === 'rotary') return rotaryRows(weight, source);
   const tensors = source.tensors.map(({ name, shape }) => checkpoint.tensor(name, shape));
-  const width = tensors[0]?.shape.at(-1) ?? 0;
+  const shape = tensors[0]?.shape ?? [];
+  // Vectors of several lengths may be joined: the biases of Q, K and V.
+  const width = shape.length === 1 ? 1 : (shape.at(-1) ?? 0);
   if (storage.kind === 'in_place' || role !== 'matrix') return rowsAsTheyLie(tensors, width);
   // [N, K] is wanted of a quantized matrix, [K, N] of any other.
   const isWantedByOutputs = storage.kind !== 'dense';

@@ -108,6 +108,15 @@ describe('lamina-tiny', () => {
 const VARIANTS: Readonly<Record<string, Partial<RandomCheckpointOptions>>> = {
   'F32, untied, biases': { tied: false, attentionBias: true, mlpBias: true },
   'BF16, three files': { dtype: 'BF16', shards: 3 },
+  // 8 biases of K are no whole part of the 56 of Q.
+  'BF16, seven heads of which one has KV, biases': {
+    dtype: 'BF16',
+    hiddenSize: 56,
+    numHeads: 7,
+    numKvHeads: 1,
+    headDim: 8,
+    attentionBias: true,
+  },
   'F16, rows of no whole blocks': { dtype: 'F16', hiddenSize: 48 },
 };
 /** Bounds on the error of logits against float64, relative to the logits (root mean squares). Unrelated logits have 1.4. */
