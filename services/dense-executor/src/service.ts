@@ -42,7 +42,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     buildModel(modelDir, { cacheDir: config.cacheDir, weights: config.weights, variant: config.onnxVariant }),
     ensureStreams(bus),
   ]);
-  const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker);
+  const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker, config.denseWorkers);
   scheduler.shortSequences = description.shortSequences;
   const metrics = new ExecutorMetrics(registry, {
     running: () => executor.requests.size,

@@ -125,7 +125,7 @@ export class Bench {
     this.executor = new Executor({
       description,
       tokenizer,
-      scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256, speculation }, 2),
+      scheduler: new Scheduler({ maxBatchedTokens: 512, prefillChunkTokens: 256, speculation }, 2, 2),
       tokens: {
         isClosed: false,
         stored: () => {

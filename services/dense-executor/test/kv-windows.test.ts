@@ -95,7 +95,7 @@ async function runToTheEnd(each: Case): Promise<void> {
     kvDtype: 'f32',
   };
   const kv = new FakeKv(blockSizeTokens);
-  const scheduler = new Scheduler({ maxBatchedTokens: chunk, prefillChunkTokens: chunk, speculation: 'off' }, 1);
+  const scheduler = new Scheduler({ maxBatchedTokens: chunk, prefillChunkTokens: chunk, speculation: 'off' }, 1, 1);
   const metrics = new ExecutorMetrics(new Registry(), { running: () => 0, waves: () => 0 });
   const log = createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' });
   const requests = new RunningRequests();

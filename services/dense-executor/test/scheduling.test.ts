@@ -12,7 +12,8 @@ function scheduler(
   limits = { maxBatchedTokens: 64, prefillChunkTokens: 32 },
   speculation: 'auto' | 'off' = 'off',
 ): Scheduler {
-  const made = new Scheduler({ ...limits, speculation }, numWaves);
+  // A worker each: its first wave is always used.
+  const made = new Scheduler({ ...limits, speculation }, numWaves, numWaves);
   made.blockSizeTokens = BLOCK;
   return made;
 }
@@ -31,6 +32,27 @@ describe('Scheduler', () => {
       [long.id, 0, 32],
       [other.id, 0, 16],
     ]);
+  });
+
+  it("uses a worker's second wave when its first is full enough", () => {
+    const subject = new Scheduler({ maxBatchedTokens: 64, prefillChunkTokens: 32, speculation: 'off' }, 4, 2);
+    subject.blockSizeTokens = BLOCK;
+    const requests = Array.from({ length: 49 }, () =>
+      request({ numPromptTokens: 10, numComputed: 9, phase: 'decode' }),
+    );
+    const countsAfter: number[][] = [];
+    for (const each of requests) {
+      subject.add(each);
+      countsAfter.push([0, 1, 2, 3].map((wave) => subject.requestsOf(wave).length));
+    }
+    // Waves 0 and 2 are the first of their workers.
+    expect(countsAfter[31]).toEqual([16, 0, 16, 0]);
+    expect(countsAfter[47]).toEqual([16, 16, 16, 0]);
+    expect(countsAfter[48]).toEqual([16, 16, 16, 1]);
+    subject.formStep(3);
+    expect(subject.requestsOf(3).length).toBeGreaterThan(10);
+    for (const each of requests.slice(4)) subject.remove(each);
+    expect(subject.formStep(1)).toEqual([]);
   });
 
   it('gives a prompt the whole step while nobody decodes, in any wave', () => {

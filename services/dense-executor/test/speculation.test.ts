@@ -10,7 +10,7 @@ import { request } from './requests.ts';
 const PHRASE = [11, 12, 13, 14, 15, 16, 17, 18];
 
 function scheduler(maxBatchedTokens = 64): Scheduler {
-  const made = new Scheduler({ maxBatchedTokens, prefillChunkTokens: 32, speculation: 'auto' }, 1);
+  const made = new Scheduler({ maxBatchedTokens, prefillChunkTokens: 32, speculation: 'auto' }, 1, 1);
   made.blockSizeTokens = BLOCK;
   return made;
 }
