@@ -395,15 +395,18 @@ export class Bus {
     await this.#connection.flush();
   }
 
-  /** Sends what is buffered, then closes; a server that is away or does not answer is not waited for longer than 2 s. */
-  async close(): Promise<void> {
-    if (this.#connection.isClosed()) return;
+  /**
+   * Sends what is buffered, then closes; a server that is away or does not answer is not waited for longer than 2 s.
+   * @returns Whether all was sent.
+   */
+  async close(): Promise<boolean> {
+    if (this.#connection.isClosed()) return true;
     let timer: NodeJS.Timeout | undefined;
-    const tooLate = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, DRAIN_TIMEOUT_MS);
+    const tooLate = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), DRAIN_TIMEOUT_MS);
     });
     try {
-      await Promise.race([this.#connection.drain(), tooLate]);
+      return await Promise.race([this.#connection.drain().then(() => true), tooLate]);
     } finally {
       clearTimeout(timer);
       // A drain that failed leaves the connection open, and trying for ever.

@@ -113,7 +113,7 @@ export async function runService(
       await stopped;
       await withTimeout(running.stop(), STOP_TIMEOUT_MS, () => logger.warn('stopping took too long'));
     }
-    await withTimeout(bus.close(), 2_000, () => logger.warn('connection did not drain'));
+    if (!(await bus.close())) logger.warn('connection did not drain');
     logger.info('stopped');
     process.exit(0);
   } catch (cause) {

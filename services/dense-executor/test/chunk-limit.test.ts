@@ -50,6 +50,12 @@ describe('ChunkLimit', () => {
     expect(run(subject, 5, () => 1e6).at(-1)).toBe(16);
   });
 
+  it('is the maximum where time is too short to be measured', () => {
+    const subject = new ChunkLimit();
+    for (const numPromptTokens of [0, 100]) subject.observe({ ...decode, numPromptTokens, totalMs: 0 });
+    expect(subject.limit(128)).toBe(128);
+  });
+
   it('grows again when tokens become cheaper', () => {
     const subject = new ChunkLimit();
     subject.observe({ ...decode, totalMs: 60 });

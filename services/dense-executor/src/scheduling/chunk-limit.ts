@@ -38,7 +38,7 @@ export class ChunkLimit {
 
   /** Most prompt tokens of a step beside decoding requests. */
   limit(maxTokens: number): number {
-    if (this.#decodeMs === undefined || this.#tokenMs === undefined) return maxTokens;
+    if (this.#decodeMs === undefined || this.#tokenMs === undefined || this.#tokenMs === 0) return maxTokens;
     const numTokens = Math.floor(((MAX_SLOWDOWN - 1) * this.#decodeMs) / this.#tokenMs);
     return Math.min(maxTokens, Math.max(MIN_TOKENS, numTokens));
   }
