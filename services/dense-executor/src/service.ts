@@ -42,7 +42,10 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     buildModel(modelDir, { cacheDir: config.cacheDir, weights: config.weights, variant: config.onnxVariant }),
     ensureStreams(bus),
   ]);
-  const scheduler = new Scheduler(config, config.denseWorkers * config.wavesPerWorker, config.denseWorkers);
+  // ONNX Runtime's RotaryEmbedding takes no more tokens at a time than its tables have positions.
+  const maxBatchedTokens = Math.min(config.maxBatchedTokens, description.contextLength);
+  const numWaves = config.denseWorkers * config.wavesPerWorker;
+  const scheduler = new Scheduler({ ...config, maxBatchedTokens }, numWaves, config.denseWorkers);
   scheduler.shortSequences = description.shortSequences;
   const metrics = new ExecutorMetrics(registry, {
     running: () => executor.requests.size,

@@ -8,7 +8,7 @@ const decode = { numDecodeTokens: 8, numPromptTokens: 0, isDisturbed: false };
 function run(subject: ChunkLimit, numSteps: number, tokenMs: (numDone: number) => number): number[] {
   let numDone = 0;
   return Array.from({ length: numSteps }, () => {
-    const numPromptTokens = subject.limit(128);
+    const numPromptTokens = Math.min(128, subject.limit(8));
     const totalMs = 60 + numPromptTokens * tokenMs(numDone);
     subject.observe({ ...decode, numPromptTokens, totalMs });
     // The other wave waits too: this is no undisturbed step.
@@ -19,15 +19,26 @@ function run(subject: ChunkLimit, numSteps: number, tokenMs: (numDone: number) =
 }
 
 describe('ChunkLimit', () => {
-  it('is the maximum until steps with and without prompts were seen', () => {
+  it('is none until steps with and without prompts were seen', () => {
     const subject = new ChunkLimit();
-    expect(subject.limit(128)).toBe(128);
+    expect(subject.limit(8)).toBe(Number.POSITIVE_INFINITY);
     subject.observe({ ...decode, numPromptTokens: 100, totalMs: 900 });
-    expect(subject.limit(128)).toBe(128);
     subject.observe({ ...decode, totalMs: 60 });
-    expect(subject.limit(128)).toBe(128);
+    expect(subject.limit(8)).toBe(Number.POSITIVE_INFINITY);
     subject.observe({ ...decode, numPromptTokens: 100, totalMs: 960 });
-    expect(subject.limit(128)).toBe(16);
+    expect(subject.limit(8)).toBe(16);
+  });
+
+  it('is that of steps with about as many requests: what one request showed does not hold forty back', () => {
+    const subject = new ChunkLimit();
+    subject.observe({ numDecodeTokens: 1, numPromptTokens: 0, isDisturbed: false, totalMs: 5 });
+    subject.observe({ numDecodeTokens: 1, numPromptTokens: 100, isDisturbed: false, totalMs: 25 });
+    expect(subject.limit(1)).toBe(37);
+    for (let i = 0; i < 9; i++)
+      subject.observe({ numDecodeTokens: 40, numPromptTokens: 128, isDisturbed: true, totalMs: 65.6 });
+    expect(subject.limit(40)).toBe(Number.POSITIVE_INFINITY);
+    subject.observe({ numDecodeTokens: 36, numPromptTokens: 0, isDisturbed: false, totalMs: 40 });
+    expect(subject.limit(40)).toBe(300);
   });
 
   it('keeps steps within 2.5 times the undisturbed ones while tokens become dearer', () => {
@@ -50,10 +61,10 @@ describe('ChunkLimit', () => {
     expect(run(subject, 5, () => 1e6).at(-1)).toBe(16);
   });
 
-  it('is the maximum where time is too short to be measured', () => {
+  it('is none where time is too short to be measured', () => {
     const subject = new ChunkLimit();
     for (const numPromptTokens of [0, 100]) subject.observe({ ...decode, numPromptTokens, totalMs: 0 });
-    expect(subject.limit(128)).toBe(128);
+    expect(subject.limit(8)).toBe(Number.POSITIVE_INFINITY);
   });
 
   it('grows again when tokens become cheaper', () => {

@@ -202,9 +202,11 @@ export class Relay {
       fresh = messages.filter((message) => message.index >= this.#nextIndex);
       checkMessages(messages, this.id);
       const end = messages.at(-1);
-      // An end is one also if its writer knew of fewer tokens than were relayed.
-      if (fresh.length === 0 && end !== undefined && end.finish_reason !== null)
+      if (fresh.length === 0 && end !== undefined && end.finish_reason !== null) {
+        // Its writer knew of fewer tokens than were relayed: only if the stream took it, it is the end.
+        if (!this.#isReplaying) return void this.repair();
         fresh = [{ ...end, index: this.#nextIndex, token: null, text: '' }];
+      }
     } catch (cause) {
       this.#links.publishCancel(this.id);
       this.fail(new LaminaError('protocol_violation', 'the answer is malformed; see the log', { cause }));

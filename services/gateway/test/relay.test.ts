@@ -172,12 +172,17 @@ describe('an end that knows of fewer tokens than were relayed, as of an executor
   test.each([
     ['without a token', { token: null, finish_reason: 'cancelled' as const }],
     ['with one', { token: 5, finish_reason: 'stop' as const }],
-  ])('%s ends the answer after them', async (_, end) => {
+  ])('%s ends the answer after them if it is stored, not when it was only heard', async (_, end) => {
     const { relay, state, indices, isClean } = bench();
     await relay.submit(item);
     for (const index of [0, 1, 2]) state.live?.(bytes(token(index)));
     state.live?.(bytes(token(0)));
+    // The stream may refuse it: followers hear it all the same.
     state.live?.(bytes({ id: 'r', index: 1, text: 'x', ...end }));
+    expect([indices(), state.replays]).toEqual([[0, 1, 2], 1]);
+    for (const index of [0, 1, 2]) state.stored?.(bytes(token(index)), 1 + index);
+    state.stored?.(bytes({ id: 'r', index: 1, text: 'x', ...end }), 4);
+    await vi.advanceTimersByTimeAsync(0);
     expect(indices()).toEqual([0, 1, 2, 3]);
     expect(state.sent.at(-1)).toMatchObject({ token: null, text: '', finish_reason: end.finish_reason });
     expect(isClean()).toBe(true);

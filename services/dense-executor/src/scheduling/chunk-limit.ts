@@ -5,7 +5,9 @@
  *
  * Invariants
  * 1. Steps count as undisturbed only when no prompt is in any wave: waves wait for each other's dense stages.
- * 2. Until both are measured, the limit is the given maximum. It is never below MIN_TOKENS: prompts go on.
+ * 2. A step is compared with undisturbed ones of about as many requests. While those or what a prompt token costs were not
+ *    seen there is no limit: one that is derived from other loads could hold prompts back for ever.
+ * 3. A limit is never below MIN_TOKENS: prompts go on.
  */
 
 const MAX_SLOWDOWN = 2.5;
@@ -15,8 +17,9 @@ const DECODE_WEIGHT = 0.1;
 const CHUNK_WEIGHT = 0.5;
 
 export class ChunkLimit {
-  /** Milliseconds of a step without prompts, and what each prompt token adds to it. */
-  #decodeMs: number | undefined;
+  /** Milliseconds of a step without prompts, by the binary logarithm of its rows. */
+  readonly #decodeMs: (number | undefined)[] = [];
+  /** Milliseconds that each prompt token adds to a step. */
   #tokenMs: number | undefined;
 
   observe(step: {
@@ -27,21 +30,26 @@ export class ChunkLimit {
     readonly totalMs: number;
   }): void {
     const { numDecodeTokens, numPromptTokens, isDisturbed, totalMs } = step;
+    const size = sizeOf(numDecodeTokens);
     if (numPromptTokens === 0) {
-      if (numDecodeTokens > 0 && !isDisturbed) this.#decodeMs = mixed(this.#decodeMs, totalMs, DECODE_WEIGHT);
-    } else if (this.#decodeMs !== undefined) {
-      const decodeMs = numDecodeTokens > 0 ? this.#decodeMs : 0;
-      const tokenMs = Math.max(0, totalMs - decodeMs) / numPromptTokens;
-      this.#tokenMs = mixed(this.#tokenMs, tokenMs, CHUNK_WEIGHT);
+      if (!isDisturbed) this.#decodeMs[size] = mixed(this.#decodeMs[size], totalMs, DECODE_WEIGHT);
+      return;
     }
+    const decodeMs = numDecodeTokens > 0 ? this.#decodeMs[size] : 0;
+    if (decodeMs === undefined) return;
+    this.#tokenMs = mixed(this.#tokenMs, Math.max(0, totalMs - decodeMs) / numPromptTokens, CHUNK_WEIGHT);
   }
 
-  /** Most prompt tokens of a step beside decoding requests. */
-  limit(maxTokens: number): number {
-    if (this.#decodeMs === undefined || this.#tokenMs === undefined || this.#tokenMs === 0) return maxTokens;
-    const numTokens = Math.floor(((MAX_SLOWDOWN - 1) * this.#decodeMs) / this.#tokenMs);
-    return Math.min(maxTokens, Math.max(MIN_TOKENS, numTokens));
+  /** Most prompt tokens of a step with so many rows of decoding requests; Infinity while that is not known. */
+  limit(numDecodeTokens: number): number {
+    const decodeMs = this.#decodeMs[sizeOf(numDecodeTokens)];
+    if (decodeMs === undefined || this.#tokenMs === undefined || this.#tokenMs === 0) return Number.POSITIVE_INFINITY;
+    return Math.max(MIN_TOKENS, Math.floor(((MAX_SLOWDOWN - 1) * decodeMs) / this.#tokenMs));
   }
+}
+
+function sizeOf(numRows: number): number {
+  return 32 - Math.clz32(numRows);
 }
 
 function mixed(old: number | undefined, value: number, weight: number): number {

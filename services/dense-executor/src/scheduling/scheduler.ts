@@ -84,9 +84,8 @@ export class Scheduler {
     return this.#waves[waveIndex]!;
   }
 
-  /** Most prompt tokens of one request in a step that is formed now. */
-  get #chunkTokens(): number {
-    const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
+  /** Whether prompts may fill the steps: nobody decodes, or several prompts wait and no more requests decode. */
+  get #isForPrompts(): boolean {
     let numDecoding = 0;
     let numPrefilling = 0;
     for (const wave of this.#waves) {
@@ -95,15 +94,16 @@ export class Scheduler {
         else if (phase === 'prefill') numPrefilling++;
       }
     }
-    const isForPrompts = numDecoding === 0 || (numPrefilling > 1 && numPrefilling >= numDecoding);
-    return isForPrompts ? maxBatchedTokens : this.#chunkLimit.limit(Math.min(prefillChunkTokens, maxBatchedTokens));
+    return numDecoding === 0 || (numPrefilling > 1 && numPrefilling >= numDecoding);
   }
 
   /** A step of these entries has taken so long. */
   stepTook(entries: readonly StepEntry[], totalMs: number): void {
     let numDecodeTokens = 0;
     let numPromptTokens = 0;
-    for (const { request, numTokens } of entries) {
+    for (const { request, numTokens, kvGeneration } of entries) {
+      // It ended or was preempted meanwhile: what it was in the step is not known any more.
+      if (request.kvGeneration !== kvGeneration) return;
       if (request.phase === 'prefill') numPromptTokens += numTokens;
       else numDecodeTokens += numTokens;
     }
@@ -157,14 +157,17 @@ export class Scheduler {
     this.#rebalance(waveIndex);
     const wave = this.#waves[waveIndex]!;
     const entries: StepEntry[] = [];
-    let budget = this.#limits.maxBatchedTokens;
+    const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
+    let budget = maxBatchedTokens;
     const ordered = wave.some((request) => request.item.priority !== 0) ? [...wave].sort(byUrgency) : wave;
     const numDraftTokens = this.#draftTokensPerRequest(wave);
     for (const request of ordered) {
       if (budget > 0 && request.phase === 'decode')
         budget -= this.#take(request, 1, entries, Math.min(numDraftTokens, budget - 1));
     }
-    const chunkTokens = this.#chunkTokens;
+    const isForPrompts = this.#isForPrompts;
+    if (!isForPrompts) budget = Math.min(budget, this.#chunkLimit.limit(maxBatchedTokens - budget));
+    const chunkTokens = isForPrompts ? maxBatchedTokens : prefillChunkTokens;
     for (const request of ordered) {
       if (budget > 0 && request.phase === 'prefill')
         budget -= this.#take(request, this.#toBlockEnd(request, Math.min(budget, chunkTokens)), entries);

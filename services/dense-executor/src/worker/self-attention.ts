@@ -52,7 +52,9 @@ export class SelfAttention {
   async begin(part: SelfPart): Promise<void> {
     await this.#job.catch(() => undefined);
     const kernel = await this.#kernelFor(part);
-    if (this.#step !== undefined) kernel.endStep(this.#step);
+    const ended = this.#step;
+    this.#step = undefined;
+    if (ended !== undefined) kernel.endStep(ended);
     this.#step = kernel.beginStep(part.plan);
     const { numHeads, numKvHeads, headDim } = this.#spec;
     const numRows = part.rows.length;
@@ -98,6 +100,7 @@ export class SelfAttention {
     )
       return known;
     this.#step = undefined;
+    this.#kernel = undefined;
     await known?.close();
     const layout = {
       ...this.#spec,
