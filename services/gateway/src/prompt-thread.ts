@@ -3,7 +3,7 @@
  *
  * Invariants
  * 1. First come, first served; the thread has at most one prompt. A waiting prompt whose request ends leaves the queue.
- * 2. The thread starts with the first prompt and ends after `IDLE_MS` without one: an idle gateway pays nothing.
+ * 2. The thread starts with the first prompt, or `warmUp`, and ends after `IDLE_MS` without one: an idle gateway pays nothing.
  * 3. A prompt that runs longer than its limit is refused and its thread is ended; so is one that exhausts its memory. A
  *    thread that dies otherwise fails the prompt it had. The next prompt starts a new thread.
  * 4. Every promise settles; after `close` at once.
@@ -96,6 +96,11 @@ export class PromptThread {
       this.#waiting.push(job);
       this.#advance();
     });
+  }
+
+  /** Starts the thread if it does not run, so that the next prompt need not wait for that. */
+  warmUp(): void {
+    if (!this.#isClosed) this.#worker ??= this.#startWorker();
   }
 
   async close(): Promise<void> {

@@ -40,6 +40,11 @@ export class PromptTokenizer {
     return thread.encode(prompt, characters, end);
   }
 
+  /** For a gateway that has just started: clients that waited for it come now. */
+  warmUp(): void {
+    this.#middle.warmUp();
+  }
+
   /** Ends the threads; what waits or runs is refused as unavailable. */
   async close(): Promise<void> {
     await Promise.all([this.#middle.close(), this.#huge.close()]);

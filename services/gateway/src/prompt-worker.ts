@@ -1,6 +1,6 @@
 /** The entry of a worker thread that tokenizes prompts, one after the other. */
 import { parentPort, workerData } from 'node:worker_threads';
-import { loadTokenizer, tokenizerDigest } from '@lamina/model';
+import { loadTokenizer, tokenizerDigest } from '@lamina/model/text';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { createChat } from './chat.ts';
 import { createPromptEncoder, type PromptText } from './prompt-encoder.ts';
