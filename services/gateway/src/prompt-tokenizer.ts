@@ -20,11 +20,13 @@ export const INLINE_CHARACTERS = 2_048;
 const HUGE_CHARACTERS = 256 * 1024;
 const MAX_WAITING_MIDDLE = 256;
 const MAX_WAITING_HUGE = 16;
+const WARM_AFTER_PROMPTS = 2;
 
 export class PromptTokenizer {
   readonly #encodeInline: EncodePrompt;
   readonly #middle: PromptThread;
   readonly #huge: PromptThread;
+  #numInline = 0;
 
   constructor(encodeInline: EncodePrompt, options: Omit<PromptThreadOptions, 'maxWaiting'>) {
     this.#encodeInline = encodeInline;
@@ -35,14 +37,13 @@ export class PromptTokenizer {
   /** @throws LaminaError what the encoder throws, `overloaded`, `deadline_exceeded`, `unavailable` */
   async encode(prompt: PromptText, end: RequestEnd = {}): Promise<number[]> {
     const characters = charactersOf(prompt);
-    if (characters <= INLINE_CHARACTERS) return this.#encodeInline(prompt);
+    if (characters <= INLINE_CHARACTERS) {
+      // A gateway that is in use: the first long prompt need not wait for a thread to start.
+      if (++this.#numInline === WARM_AFTER_PROMPTS) this.#middle.warmUp();
+      return this.#encodeInline(prompt);
+    }
     const thread = characters <= HUGE_CHARACTERS ? this.#middle : this.#huge;
     return thread.encode(prompt, characters, end);
-  }
-
-  /** For a gateway that has just started: clients that waited for it come now. */
-  warmUp(): void {
-    this.#middle.warmUp();
   }
 
   /** Ends the threads; what waits or runs is refused as unavailable. */

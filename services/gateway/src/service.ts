@@ -71,7 +71,6 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   });
   const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
 
-  promptTokenizer.warmUp();
   const preparation: PreparationParts = { model, promptTokenizer, cluster };
   const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
   const queue = new WorkQueue(bus);
