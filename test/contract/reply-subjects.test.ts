@@ -8,10 +8,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { writeNatsUsers } from '@lamina/cli';
-import { permissionsOf, STREAMS, SUBJECTS, type WorkItem } from '@lamina/protocol';
+import { permissionsOf, STREAMS, SUBJECTS } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { connect, type JetStreamManager, type NatsConnection } from 'nats';
 import { afterEach, beforeEach, expect, test } from 'vitest';
+import { workItem } from './bus-bench.ts';
 import { token } from './gateway-bench.ts';
 import { store } from './store-answer.ts';
 
@@ -30,20 +31,7 @@ const login = (user: string): Promise<NatsConnection> =>
     inboxPrefix: `_INBOX.${user}`,
   });
 
-const ITEM: WorkItem = {
-  id: 'waits',
-  model: 'm',
-  tokenIds: [1],
-  maxTokens: 1,
-  sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
-  stop: [],
-  logprobs: null,
-  ignoreEos: false,
-  priority: 0,
-  deadlineAtMs: null,
-  encoding: 'json',
-  submittedAtMs: 1,
-};
+const ITEM = workItem('waits');
 
 beforeEach(async () => {
   directory = mkdtempSync(join(tmpdir(), 'lamina-replies-'));

@@ -137,7 +137,7 @@ export const SETTINGS = {
     schema: z.enum(['checkpoint', 'f32', 'f16', 'int8', 'int4']),
     usedBy: ['dense-executor'],
     meaning:
-      'How weights are stored: `f32`, `int8` (fastest) and `int4` (smallest) are built into the cache; `checkpoint` copies nothing and takes more memory.',
+      'How weights are stored: `f32`, `int8` (fastest in batches) and `int4` (smallest) are built into the cache; `checkpoint` copies nothing and takes more memory.',
   }),
   onnxVariant: setting({
     env: 'LAMINA_ONNX_VARIANT',

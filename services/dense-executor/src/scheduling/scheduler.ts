@@ -121,11 +121,7 @@ export class Scheduler {
   /** Puts a request into the used wave with the fewest. */
   add(request: GenerationRequest): void {
     this.remove(request);
-    const [first = 0, ...others] = this.#usedWaves(1);
-    let fewest = first;
-    for (const wave of others) if (this.#waves[wave]!.length < this.#waves[fewest]!.length) fewest = wave;
-    request.waveIndex = fewest;
-    this.#waves[fewest]!.push(request);
+    this.#put(request, this.#emptiest(this.#usedWaves(1)));
   }
 
   remove(request: GenerationRequest): void {
@@ -136,10 +132,17 @@ export class Scheduler {
     request.waveIndex = -1;
   }
 
-  /** Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`. */
+  /**
+   * Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`, which is idle. One that is
+   * no longer worth a pass gives all it has to the emptiest that is.
+   */
   #rebalance(waveIndex: number): void {
-    if (!this.#usedWaves(0).includes(waveIndex)) return;
+    const used = this.#usedWaves(0);
     const target = this.#waves[waveIndex]!;
+    if (!used.includes(waveIndex)) {
+      for (const request of target.splice(0)) this.#put(request, this.#emptiest(used));
+      return;
+    }
     for (;;) {
       let fullest = target;
       for (const wave of this.#waves) if (wave.length > fullest.length) fullest = wave;
@@ -147,9 +150,17 @@ export class Scheduler {
       const at = fullest.findLastIndex((request) => !request.isInStep);
       if (at < 0) return;
       const [request] = fullest.splice(at, 1);
-      request!.waveIndex = waveIndex;
-      target.push(request!);
+      this.#put(request!, waveIndex);
     }
+  }
+
+  #emptiest(waves: readonly number[]): number {
+    return waves.reduce((least, wave) => (this.#waves[wave]!.length < this.#waves[least]!.length ? wave : least));
+  }
+
+  #put(request: GenerationRequest, waveIndex: number): void {
+    request.waveIndex = waveIndex;
+    this.#waves[waveIndex]!.push(request);
   }
 
   /** The next step of an idle wave; empty when it has nothing to run. */

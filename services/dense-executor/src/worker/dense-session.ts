@@ -144,7 +144,12 @@ export class DenseSession {
   }
 
   async release(): Promise<void> {
-    await this.#session.release();
+    this.#guard.enter();
+    try {
+      await this.#session.release();
+    } finally {
+      this.#guard.leave();
+    }
   }
 }
 

@@ -112,21 +112,25 @@ const WATCH_MS = 100;
 let numInFlight = 0;
 let watch: NodeJS.Timeout | undefined;
 
+/** A dense stage keeps this thread from its socket: a wave is late only if it still is when that has been read. */
 function watchGathers(): void {
-  const nowMs = performance.now();
   for (const wave of waves) {
-    const waitedMs = nowMs - wave.exchange.dispatchedAtMs;
-    if (!(waitedMs > LATE_AFTER_MS)) continue;
-    const shardIds = wave.exchange.waitingShardIds;
-    if (waitedMs <= options.gatherTimeoutMs) {
-      post({ kind: 'late', shardIds });
-      continue;
-    }
-    wave.exchange.fail(
-      new LaminaError('shard_lost', `no attention from ${shardIds.join(', ')} within ${options.gatherTimeoutMs} ms`),
-      shardIds,
-    );
+    const { dispatchedAtMs } = wave.exchange;
+    if (performance.now() - dispatchedAtMs > LATE_AFTER_MS) setImmediate(judgeLate, wave, dispatchedAtMs);
   }
+}
+
+function judgeLate({ exchange }: Wave, dispatchedAtMs: number): void {
+  if (exchange.dispatchedAtMs !== dispatchedAtMs) return;
+  const shardIds = exchange.waitingShardIds;
+  if (performance.now() - dispatchedAtMs <= options.gatherTimeoutMs) {
+    post({ kind: 'late', shardIds });
+    return;
+  }
+  exchange.fail(
+    new LaminaError('shard_lost', `no attention from ${shardIds.join(', ')} within ${options.gatherTimeoutMs} ms`),
+    shardIds,
+  );
 }
 
 async function runStep(step: StepRequest): Promise<void> {

@@ -48,8 +48,12 @@ export class SelfAttention {
     this.#scratchOf = scratchOf;
   }
 
-  /** @throws LaminaError `config_invalid` when there is no memory for the chunk. */
+  /**
+   * `rows` are those of the part at once; the rest when a job that a failed step left has ended.
+   * @throws LaminaError `config_invalid` when there is no memory for the chunk.
+   */
   async begin(part: SelfPart): Promise<void> {
+    this.rows = part.rows;
     await this.#job.catch(() => undefined);
     const kernel = await this.#kernelFor(part);
     const ended = this.#step;
@@ -58,7 +62,6 @@ export class SelfAttention {
     this.#step = kernel.beginStep(part.plan);
     const { numHeads, numKvHeads, headDim } = this.#spec;
     const numRows = part.rows.length;
-    this.rows = part.rows;
     this.#runs = toRuns(part.rows);
     const numFloats = numRows * (numHeads + 2 * numKvHeads) * headDim;
     const numOutputs = numRows * numHeads * headDim;

@@ -163,7 +163,7 @@ export class TensorExchange {
   }
 
   /**
-   * Sends one layer. The promise resolves when every shard has answered, and rejects when the step fails.
+   * Sends one layer. The promise resolves when every shard that has queries has answered, and rejects when the step fails.
    * @param query [numTokens, numHeads * headDim] float32; `key` and `value` [numTokens, numKvHeads * headDim].
    */
   dispatch(layer: number, query: Float32Array, key: Float32Array, value: Float32Array): Promise<void> {

@@ -102,8 +102,8 @@ export class Wave {
       originId: this.originId,
       isBodyChecked: this.#isBodyChecked,
     };
-    if (step.self !== null) await this.#self.begin(step.self);
     const self = step.self === null ? undefined : this.#self;
+    const selfBegun = step.self === null ? undefined : this.#self.begin(step.self);
     exchange.begin(
       step,
       header,
@@ -111,6 +111,8 @@ export class Wave {
       (shardIndex) => this.#replySubjectOf(step.waveIndex, shardIndex),
       self,
     );
+    // The exchange knows the step by now: what aborts or fails it meanwhile is not lost.
+    if (selfBegun !== undefined) await selfBegun;
     const tokenIds = new Tensor('int64', step.tokenIds, [1, numTokens]);
     const positionIds = new Tensor('int64', step.positionIds, [1, numTokens]);
     const attentionShape = [1, numTokens, numHeads * headDim];
@@ -128,6 +130,7 @@ export class Wave {
       const denseDoneMs = performance.now();
       const stored = exchange.stored();
       if (stored !== undefined) await stored;
+      const storedMs = performance.now();
       const answered = exchange.dispatch(layer, outputs.query, outputs.key, outputs.value);
       cursor.advance(LAYER_EVENT.DISPATCHED);
       const dispatchedMs = performance.now();
@@ -137,8 +140,8 @@ export class Wave {
       attention = new Tensor('float32', exchange.gathered(), attentionShape);
       cursor.advance(LAYER_EVENT.GATHERED);
       denseMs += denseDoneMs - markMs;
-      codecMs += dispatchedMs - denseDoneMs;
-      waitMs += answeredMs - dispatchedMs;
+      codecMs += dispatchedMs - storedMs;
+      waitMs += storedMs - denseDoneMs + answeredMs - dispatchedMs;
       markMs = performance.now();
       codecMs += markMs - answeredMs;
     }
