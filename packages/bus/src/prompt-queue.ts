@@ -5,10 +5,11 @@
  * 1. A prompt stays in the stream until `done`; one that is neither renewed nor done is offered to another gateway.
  * 2. Nothing is decoded here: a bad body is answered by whoever takes it.
  */
-import { STREAMS } from '@lamina/protocol';
-import { type Consumer, type JetStreamClient, millis } from 'nats';
+import type { LaminaError } from '@lamina/tensor';
+import { millis } from 'nats';
 import type { Bus } from './bus.ts';
-import { PROMPT_ACK_WAIT_MS } from './streams.ts';
+import { DurablePull } from './durable-pull.ts';
+import { PROMPT_ACK_WAIT_MS, PROMPTS_QUEUE } from './streams.ts';
 
 /** One durable prompt that this process has in hand. */
 export interface DurablePrompt {
@@ -27,20 +28,21 @@ export interface DurablePrompt {
 
 export class PromptQueue {
   readonly #bus: Bus;
-  readonly #jetstream: JetStreamClient;
-  #consumer: Consumer | undefined;
+  readonly #pull: DurablePull;
 
-  /** Call `ensureStreams` first. */
-  constructor(bus: Bus) {
+  /**
+   * Call `ensureStreams` first.
+   * @param onRepair Told why the queue's consumer was made anew.
+   */
+  constructor(bus: Bus, onRepair: (error: LaminaError) => void) {
     this.#bus = bus;
-    this.#jetstream = bus.connection.jetstream();
+    this.#pull = new DurablePull(bus, PROMPTS_QUEUE, onRepair);
   }
 
   /** Waits up to `waitMs` for the next prompt and keeps it until it is done or put back. Rejects when JetStream is away. */
   async take(waitMs: number): Promise<DurablePrompt | undefined> {
-    this.#consumer ??= await this.#jetstream.consumers.get(STREAMS.prompts.name, STREAMS.prompts.durableConsumer);
-    const message = await this.#consumer.next({ expires: waitMs });
-    if (message === null) return undefined;
+    const message = await this.#pull.next(waitMs);
+    if (message === undefined) return undefined;
     const renewal = setInterval(() => {
       if (this.#bus.isClosed) clearInterval(renewal);
       else message.working();

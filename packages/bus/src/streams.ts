@@ -20,6 +20,7 @@ import {
   type StreamConfig,
 } from 'nats';
 import type { Bus } from './bus.ts';
+import type { DurableQueue } from './durable-pull.ts';
 
 /** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
 export const ACK_WAIT_MS = 4_000;
@@ -71,6 +72,26 @@ const TOKENS_CONFIG = {
   max_bytes: 512 * 1024 * 1024,
 } satisfies Partial<StreamConfig>;
 
+export const PROMPTS_QUEUE: DurableQueue = {
+  stream: STREAMS.prompts.name,
+  consumer: {
+    durable_name: STREAMS.prompts.durableConsumer,
+    ack_policy: AckPolicy.Explicit,
+    ack_wait: nanos(PROMPT_ACK_WAIT_MS),
+    max_ack_pending: MAX_PROMPTS_IN_HAND,
+  },
+};
+
+export const WORK_QUEUE: DurableQueue = {
+  stream: STREAMS.work.name,
+  consumer: {
+    durable_name: STREAMS.work.durableConsumer,
+    ack_policy: AckPolicy.Explicit,
+    ack_wait: nanos(ACK_WAIT_MS),
+    max_ack_pending: WORK_CONFIG.max_msgs,
+  },
+};
+
 async function ensureStream(
   manager: JetStreamManager,
   config: Partial<StreamConfig> & { name: string } & typeof NO_REMOVAL,
@@ -94,18 +115,7 @@ export async function ensureStreams(bus: Bus): Promise<void> {
     await ensureStream(manager, PROMPTS_CONFIG);
     await ensureStream(manager, WORK_CONFIG);
     await ensureStream(manager, TOKENS_CONFIG);
-    await manager.consumers.add(STREAMS.prompts.name, {
-      durable_name: STREAMS.prompts.durableConsumer,
-      ack_policy: AckPolicy.Explicit,
-      ack_wait: nanos(PROMPT_ACK_WAIT_MS),
-      max_ack_pending: MAX_PROMPTS_IN_HAND,
-    });
-    await manager.consumers.add(STREAMS.work.name, {
-      durable_name: STREAMS.work.durableConsumer,
-      ack_policy: AckPolicy.Explicit,
-      ack_wait: nanos(ACK_WAIT_MS),
-      max_ack_pending: WORK_CONFIG.max_msgs,
-    });
+    for (const { stream, consumer } of [PROMPTS_QUEUE, WORK_QUEUE]) await manager.consumers.add(stream, consumer);
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);
     const advice =

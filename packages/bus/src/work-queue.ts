@@ -17,9 +17,11 @@ import {
   workItemSchema,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import { type Consumer, ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
+import { ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
 import { type Bus, tooLarge } from './bus.ts';
+import { DurablePull } from './durable-pull.ts';
 import { lastMessage } from './stored-message.ts';
+import { WORK_QUEUE } from './streams.ts';
 
 /** One work item that this process has taken on. */
 export interface WorkLease {
@@ -46,7 +48,7 @@ function duplicateId(id: string, cause?: unknown): LaminaError {
 export class WorkQueue {
   readonly #bus: Bus;
   readonly #jetstream: JetStreamClient;
-  #consumer: Consumer | undefined;
+  #pull: DurablePull | undefined;
 
   /** Call `ensureStreams` first. */
   constructor(bus: Bus) {
@@ -109,11 +111,14 @@ export class WorkQueue {
     }
   }
 
-  /** Waits up to `waitMs` for the next item. Returns undefined when there is none (or it was unreadable and removed). */
+  /**
+   * Waits up to `waitMs` for the next item. Returns undefined when there is none (or it was unreadable and removed).
+   * @param onError Told of an unreadable item, and why the queue's consumer was made anew.
+   */
   async lease(waitMs: number, onError: (error: LaminaError) => void): Promise<WorkLease | undefined> {
-    this.#consumer ??= await this.#jetstream.consumers.get(STREAMS.work.name, STREAMS.work.durableConsumer);
-    const message = await this.#consumer.next({ expires: waitMs });
-    if (message === null) return undefined;
+    this.#pull ??= new DurablePull(this.#bus, WORK_QUEUE, onError);
+    const message = await this.#pull.next(waitMs);
+    if (message === undefined) return undefined;
     try {
       const item = parseMessage('work item', workItemSchema, unpackMessage(message.data));
       return leaseOf(message, item);

@@ -54,8 +54,8 @@ const PARTIES: Readonly<Record<string, readonly Role[]>> = {
 };
 
 /**
- * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer and
- * acknowledge. look: one message, and how many wait. read: replay it. follow: its messages as they are published.
+ * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer,
+ * acknowledge, and replace a consumer that is stuck. look: one message, and how many wait. read: replay it. follow: its messages as they are published.
  */
 type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow';
 
@@ -122,6 +122,8 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       break;
     case 'consume':
       call(`CONSUMER.INFO.${name}.${durableConsumer}`, `CONSUMER.MSG.NEXT.${name}.${durableConsumer}`);
+      // Made anew when it does not offer what the stream has.
+      call(`CONSUMER.DELETE.${name}.${durableConsumer}`);
       publish.add(`$JS.ACK.${name}.${durableConsumer}.>`);
       break;
     case 'look':

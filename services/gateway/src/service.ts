@@ -103,7 +103,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
 
   const prompts = new DurablePrompts({
     ...preparation,
-    prompts: new PromptQueue(bus),
+    prompts: new PromptQueue(bus, (err) => log.warn({ err }, 'durable prompts were not offered')),
     tokens,
     submit: (item, client) => room.through(item, client, (admitted) => queue.submit(admitted)),
     locate: (requestId) => locate({ tokens, queue }, requestId),

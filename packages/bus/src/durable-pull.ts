@@ -1,0 +1,108 @@
+/**
+ * Owns taking messages from the durable consumer of a work queue, and noticing that it does not offer what the queue has.
+ *
+ * Why so. A nats-server that was killed can come back with a consumer that counts messages as done which the stream still
+ * has, and consumers that stopped offering messages were reported of most of its versions. Such a message waits for ever,
+ * while everything looks idle.
+ *
+ * Invariants
+ * 1. A consumer is made anew only when two looks agree: that the stream has a message from before everything that is not
+ *    done; or that it has messages that nobody holds, and that a pull between the looks was given none.
+ * 2. A new consumer offers everything that the stream has, also what others hold: whoever takes a message finds out by its
+ *    request's id what was reached.
+ * 3. The server is asked at most once in LOOK_INTERVAL_MS while messages come, and after each pull that waited in vain.
+ */
+import { LaminaError } from '@lamina/tensor';
+import { type Consumer, type ConsumerConfig, type JetStreamManager, type JsMsg, NatsError } from 'nats';
+import type { Bus } from './bus.ts';
+
+export interface DurableQueue {
+  readonly stream: string;
+  readonly consumer: Partial<ConsumerConfig> & { readonly durable_name: string };
+}
+
+const LOOK_INTERVAL_MS = 30_000;
+/** How long a pull waits between two looks. */
+const DOUBT_WAIT_MS = 2_000;
+const CONSUMER_NOT_FOUND_ERROR_CODE = 10014;
+
+/** What there would be to repair, if it stays so. */
+interface Doubt {
+  /** Sequence of the first message of the stream, where the consumer counts it as done. */
+  readonly passedOver: number | undefined;
+  /** Deliveries so far, where messages are held by nobody. */
+  readonly numDelivered: number | undefined;
+}
+
+export class DurablePull {
+  readonly #bus: Bus;
+  readonly #queue: DurableQueue;
+  readonly #onRepair: (error: LaminaError) => void;
+  #consumer: Consumer | undefined;
+  #doubt: Doubt | undefined;
+  #lookedAtMs = performance.now();
+
+  /** @param onRepair Told why a consumer was made anew. */
+  constructor(bus: Bus, queue: DurableQueue, onRepair: (error: LaminaError) => void) {
+    this.#bus = bus;
+    this.#queue = queue;
+    this.#onRepair = onRepair;
+  }
+
+  /** Waits up to `waitMs` for the next message. Rejects when JetStream is away. */
+  async next(waitMs: number): Promise<JsMsg | undefined> {
+    try {
+      this.#consumer ??= await this.#find();
+      if (performance.now() - this.#lookedAtMs > LOOK_INTERVAL_MS) await this.#look(false);
+      const expires = this.#doubt === undefined ? waitMs : Math.min(waitMs, DOUBT_WAIT_MS);
+      const message = await this.#consumer.next({ expires });
+      if (message !== null) return message;
+      await this.#look(true);
+      return undefined;
+    } catch (cause) {
+      this.#consumer = undefined;
+      throw cause;
+    }
+  }
+
+  async #find(): Promise<Consumer> {
+    const { stream, consumer } = this.#queue;
+    const { consumers } = this.#bus.connection.jetstream();
+    try {
+      return await consumers.get(stream, consumer.durable_name);
+    } catch (cause) {
+      if (!(cause instanceof NatsError) || cause.api_error?.err_code !== CONSUMER_NOT_FOUND_ERROR_CODE) throw cause;
+      await (await this.#manager()).consumers.add(stream, consumer);
+      return consumers.get(stream, consumer.durable_name);
+    }
+  }
+
+  #manager(): Promise<JetStreamManager> {
+    return this.#bus.connection.jetstreamManager();
+  }
+
+  /** @param wasInVain A pull has just waited and was given nothing. */
+  async #look(wasInVain: boolean): Promise<void> {
+    const { stream, consumer } = this.#queue;
+    const manager = await this.#manager();
+    // In this order: what is done by the first answer has left the stream by the second.
+    const { ack_floor, delivered, num_ack_pending } = await manager.consumers.info(stream, consumer.durable_name);
+    const { messages, first_seq } = (await manager.streams.info(stream)).state;
+    this.#lookedAtMs = performance.now();
+    const former = this.#doubt;
+    const passedOver = messages > 0 && first_seq <= ack_floor.stream_seq ? first_seq : undefined;
+    const numDelivered = wasInVain && messages > num_ack_pending ? delivered.consumer_seq : undefined;
+    const isPassedOver = passedOver !== undefined && passedOver === former?.passedOver;
+    const isStuck = numDelivered !== undefined && numDelivered === former?.numDelivered;
+    this.#doubt = passedOver === undefined && numDelivered === undefined ? undefined : { passedOver, numDelivered };
+    if (!isPassedOver && !isStuck) return;
+    this.#doubt = undefined;
+    this.#consumer = undefined;
+    await manager.consumers.delete(stream, consumer.durable_name);
+    await manager.consumers.add(stream, consumer);
+    const what = isPassedOver
+      ? `message ${first_seq}, which it counts as done`
+      : `${messages - num_ack_pending} messages`;
+    this.#onRepair(new LaminaError('unavailable', `the consumer of ${stream} did not offer ${what}; it was made anew`));
+  }
+}
