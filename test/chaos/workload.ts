@@ -10,7 +10,7 @@
  * 4. A token is counted by what is stored: an index twice is doubled, a missing one or a missing end is lost.
  */
 import { type Bus, ensureStreams, type Subscription, TokenStream } from '@lamina/bus';
-import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
+import { decodeTokens, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 import type { Random } from './random.ts';
 
@@ -115,7 +115,19 @@ export class Workload {
       lost++;
       console.log(`${name}-${index} has ${byIndex.size} of ${expected.length} tokens; its last`, answer.at(-1));
     });
+    if (lost > 0) console.log(`${name}: ${await this.#queues()}`);
     return { requests: answers.length, lost, doubled, wrong };
+  }
+
+  /** What the queues and their consumers hold: where a lost request may be. */
+  async #queues(): Promise<string> {
+    const manager = await this.#bus.connection.jetstreamManager();
+    const lines = [STREAMS.prompts, STREAMS.work].map(async ({ name, durableConsumer }) => {
+      const { state } = await manager.streams.info(name);
+      const consumer = await manager.consumers.info(name, durableConsumer);
+      return JSON.stringify({ name, state, consumer });
+    });
+    return (await Promise.all(lines)).join('\n');
   }
 
   /** Notes when every request that runs now has its next token: those delays, in ms, when all of them have. */
