@@ -14,3 +14,4 @@ export {
   type Service,
   type SettingName,
 } from './settings.ts';
+export { makeRoomForTensors } from './tensor-heap.ts';

@@ -1,5 +1,6 @@
 /** The attention-shard process. */
-import { runService } from '@lamina/runtime';
+import { makeRoomForTensors, runService } from '@lamina/runtime';
 import { startAttentionShard } from './service.ts';
 
+makeRoomForTensors();
 await runService('attention-shard', 'KV blocks and the attention over them', startAttentionShard);

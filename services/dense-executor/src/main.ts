@@ -1,5 +1,6 @@
 /** Entry of the dense-executor process. */
-import { runService } from '@lamina/runtime';
+import { makeRoomForTensors, runService } from '@lamina/runtime';
 import { startDenseExecutor } from './service.ts';
 
+makeRoomForTensors();
 await runService('dense-executor', 'Dense stages, continuous batching and sampling', startDenseExecutor);

@@ -11,18 +11,7 @@ import { LaminaError } from '@lamina/tensor';
 import { InferenceSession, Tensor } from 'onnxruntime-node';
 import type { ModelDims, WorkerOptions } from './messages.ts';
 import type { NativeGuard } from './native-guard.ts';
-
-/** Outputs of stages 0 .. numLayers - 1, float32, row-major; valid until the next run of any stage. */
-export interface LayerOutputs {
-  /** [numTokens, hiddenSize] residual stream. */
-  readonly hidden: Tensor;
-  /** [numTokens, numHeads * headDim] after RoPE. */
-  readonly query: Float32Array;
-  /** [numTokens, numKvHeads * headDim] after RoPE. */
-  readonly key: Float32Array;
-  /** [numTokens, numKvHeads * headDim] */
-  readonly value: Float32Array;
-}
+import type { LayerOutputs } from './stage-outputs.ts';
 
 type SessionOptions = Pick<WorkerOptions, 'stagedGraphPath' | 'dataDir' | 'dims' | 'intraOpThreads'>;
 
@@ -75,16 +64,22 @@ export class DenseSession {
   }
 
   /** Stage 0: embedding and the first layer's QKV. */
-  async embed(tokenIds: Tensor, positionIds: Tensor): Promise<LayerOutputs> {
-    return this.#runLayer(0, tokenIds, positionIds, this.#noHidden, this.#noAttention);
+  async embed(tokenIds: Tensor, positionIds: Tensor, into: LayerOutputs): Promise<LayerOutputs> {
+    return this.#runLayer(0, tokenIds, positionIds, this.#noHidden, this.#noAttention, into);
   }
 
   /**
    * Stage `layer`, 1 .. numLayers - 1: output projection and MLP of the layer before, QKV of this one.
    * @param attention [1, numTokens, numHeads * headDim] gathered attention of the layer before.
    */
-  async layer(layer: number, positionIds: Tensor, hidden: Tensor, attention: Tensor): Promise<LayerOutputs> {
-    return this.#runLayer(layer, this.#noTokens, positionIds, hidden, attention);
+  async layer(
+    layer: number,
+    positionIds: Tensor,
+    hidden: Tensor,
+    attention: Tensor,
+    into: LayerOutputs,
+  ): Promise<LayerOutputs> {
+    return this.#runLayer(layer, this.#noTokens, positionIds, hidden, attention, into);
   }
 
   async #runLayer(
@@ -93,8 +88,9 @@ export class DenseSession {
     positionIds: Tensor,
     hidden: Tensor,
     attention: Tensor,
+    into: LayerOutputs,
   ): Promise<LayerOutputs> {
-    const outputs = await this.#run(
+    await this.#run(
       {
         [STAGED_INPUTS.stage.name]: this.#stages[stage]!,
         [STAGED_INPUTS.tokenIds.name]: tokenIds,
@@ -103,24 +99,19 @@ export class DenseSession {
         [STAGED_INPUTS.attention.name]: attention,
         [STAGED_INPUTS.logitRows.name]: this.#noRows,
       },
-      LAYER_FETCHES,
+      into.fetches,
     );
-    return {
-      hidden: outputs[STAGED_OUTPUTS.hiddenOut.name]!,
-      query: floats(outputs[STAGED_OUTPUTS.query.name]),
-      key: floats(outputs[STAGED_OUTPUTS.key.name]),
-      value: floats(outputs[STAGED_OUTPUTS.value.name]),
-    };
+    return into;
   }
 
   /**
    * Last stage: output projection and MLP of the last layer, final norm and LM head, of the wanted rows only.
    * @param attention [1, numTokens, numHeads * headDim] gathered attention of the last layer.
    * @param rows [numRows] int64: rows of the wave.
-   * @returns [numRows, vocabSize] float32
+   * @param into [numRows, vocabSize] float32
    */
-  async logits(hidden: Tensor, attention: Tensor, rows: Tensor): Promise<Float32Array> {
-    const outputs = await this.#run(
+  async logits(hidden: Tensor, attention: Tensor, rows: Tensor, into: Tensor): Promise<void> {
+    await this.#run(
       {
         [STAGED_INPUTS.stage.name]: this.#stages[this.#dims.numLayers]!,
         [STAGED_INPUTS.tokenIds.name]: this.#noTokens,
@@ -129,15 +120,14 @@ export class DenseSession {
         [STAGED_INPUTS.attention.name]: attention,
         [STAGED_INPUTS.logitRows.name]: rows,
       },
-      LOGIT_FETCHES,
+      { [STAGED_OUTPUTS.logits.name]: into },
     );
-    return floats(outputs[STAGED_OUTPUTS.logits.name]);
   }
 
-  async #run(feeds: Record<string, Tensor>, fetches: readonly string[]): Promise<InferenceSession.OnnxValueMapType> {
+  async #run(feeds: Record<string, Tensor>, fetches: Readonly<Record<string, Tensor>>): Promise<void> {
     this.#guard.enter();
     try {
-      return await this.#session.run(feeds, fetches);
+      await this.#session.run(feeds, fetches);
     } finally {
       this.#guard.leave();
     }
@@ -151,18 +141,4 @@ export class DenseSession {
       this.#guard.leave();
     }
   }
-}
-
-const LAYER_FETCHES: readonly string[] = [
-  STAGED_OUTPUTS.hiddenOut.name,
-  STAGED_OUTPUTS.query.name,
-  STAGED_OUTPUTS.key.name,
-  STAGED_OUTPUTS.value.name,
-];
-const LOGIT_FETCHES: readonly string[] = [STAGED_OUTPUTS.logits.name];
-
-function floats(tensor: Tensor | undefined): Float32Array {
-  const data = tensor?.data;
-  if (data instanceof Float32Array) return data;
-  throw new LaminaError('internal', 'the staged graph gave no float32 output');
 }

@@ -11,7 +11,7 @@ import { Tensor } from 'onnxruntime-node';
 import type { KvLease } from '../kv-lease.ts';
 import { LAYER_EVENT, LayerCursor } from '../request/layer-cycle.ts';
 import { Sampler } from '../request/sampler.ts';
-import type { DenseSession, LayerOutputs } from './dense-session.ts';
+import type { DenseSession } from './dense-session.ts';
 import {
   type ModelDims,
   NOT_WANTED,
@@ -21,6 +21,7 @@ import {
   type StepRequest,
 } from './messages.ts';
 import { SelfAttention } from './self-attention.ts';
+import { floatsOf, type LayerOutputs, StageOutputs } from './stage-outputs.ts';
 import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
 
 export class Wave {
@@ -29,6 +30,7 @@ export class Wave {
   originId: number;
   readonly #dims: ModelDims;
   readonly #session: DenseSession;
+  readonly #stageOutputs: StageOutputs;
   readonly #self: SelfAttention;
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
@@ -49,6 +51,7 @@ export class Wave {
   }) {
     this.#dims = options.dims;
     this.#session = options.session;
+    this.#stageOutputs = new StageOutputs(options.dims);
     this.#self = new SelfAttention(options.dims, options.attentionThreads);
     this.#sampler = new Sampler(options.dims.vocabSize);
     this.#cursor = new LayerCursor(options.layerCycle);
@@ -113,6 +116,8 @@ export class Wave {
     );
     // The exchange knows the step by now: what aborts or fails it meanwhile is not lost.
     if (selfBegun !== undefined) await selfBegun;
+    const stageOutputs = this.#stageOutputs;
+    stageOutputs.begin(numTokens);
     const tokenIds = new Tensor('int64', step.tokenIds, [1, numTokens]);
     const positionIds = new Tensor('int64', step.positionIds, [1, numTokens]);
     const attentionShape = [1, numTokens, numHeads * headDim];
@@ -124,8 +129,8 @@ export class Wave {
     for (let layer = 0; layer < numLayers; layer++) {
       outputs =
         outputs === undefined || attention === undefined
-          ? await this.#session.embed(tokenIds, positionIds)
-          : await this.#session.layer(layer, positionIds, outputs.hidden, attention);
+          ? await this.#session.embed(tokenIds, positionIds, stageOutputs.next())
+          : await this.#session.layer(layer, positionIds, outputs.hidden, attention, stageOutputs.next());
       cursor.advance(LAYER_EVENT.QKV_READY);
       const denseDoneMs = performance.now();
       const stored = exchange.stored();
@@ -152,11 +157,12 @@ export class Wave {
       cursor.advance(LAYER_EVENT.CHUNK_READY);
     } else {
       const rows = new Tensor('int64', BigInt64Array.from(step.sampledRows, BigInt), [step.sampledRows.length]);
-      const logits = await this.#session.logits(outputs.hidden, attention, rows);
+      const logits = stageOutputs.logits(step.sampledRows.length);
+      await this.#session.logits(outputs.hidden, attention, rows, logits);
       cursor.advance(LAYER_EVENT.LOGITS_READY);
       const logitsMs = performance.now();
       denseMs += logitsMs - markMs;
-      this.#sample(step, logits, sampled);
+      this.#sample(step, floatsOf(logits), sampled);
       sampledMs = performance.now();
       markMs = logitsMs;
     }
