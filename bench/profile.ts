@@ -4,7 +4,7 @@
  * Invariants
  * 1. What has no file of its own (built-in functions, garbage collection) counts to whoever called it; native code that
  *    was called from nowhere is `native`.
- * 2. Waiting is no CPU time and is not counted.
+ * 2. Waiting is no CPU time and is not counted, nor is what the profiler itself takes.
  */
 import type { Profiler } from 'node:inspector';
 
@@ -25,8 +25,12 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
   [/services\/dense-executor|node:internal\/(worker|per_context)/, 'schedule'],
 ];
 
-function ownCauseOf(url: string): Cause | undefined {
+/** Starting and ending the profiler itself. */
+const PROFILER = /profile-hook|node:inspector/;
+
+function ownCauseOf(url: string): Cause | 'idle' | undefined {
   if (url === '') return undefined;
+  if (PROFILER.test(url)) return 'idle';
   return BY_URL.find(([pattern]) => pattern.test(url))?.[1] ?? 'other';
 }
 

@@ -19,8 +19,8 @@ export interface LaminaOptions {
   readonly settings?: ServiceSettings;
   readonly environment?: Readonly<Record<string, string>>;
   readonly attentionShards?: number;
-  /** 0 = any free port. */
-  readonly natsPort?: number;
+  /** A nats-server that runs; default: one of its own. */
+  readonly natsUrl?: string;
   /** Directory of a model in place of a synthetic one. */
   readonly modelDir?: string;
   /** Prompts in place of random ones. */
@@ -81,7 +81,8 @@ export class LaminaPeer implements Contestant {
     const cluster = await startCluster({
       attentionShards: this.#options.attentionShards ?? 1,
       denseExecutors: 1,
-      natsPort: this.#options.natsPort ?? 0,
+      natsPort: 0,
+      ...(this.#options.natsUrl !== undefined && { natsUrl: this.#options.natsUrl }),
       httpPort: 0,
       natsServer: natsServerOf(environment),
       environment: { ...environment, ...this.#options.environment },
