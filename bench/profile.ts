@@ -28,9 +28,13 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
 /** Starting and ending the profiler itself. */
 const PROFILER = /profile-hook|node:inspector/;
 
-function ownCauseOf(url: string): Cause | 'idle' | undefined {
+/** V8 builds the sampler's loop into it. */
+const SAMPLING_FUNCTION = '#sample';
+
+function ownCauseOf(url: string, functionName: string): Cause | 'idle' | undefined {
   if (url === '') return undefined;
   if (PROFILER.test(url)) return 'idle';
+  if (functionName === SAMPLING_FUNCTION) return 'sample';
   return BY_URL.find(([pattern]) => pattern.test(url))?.[1] ?? 'other';
 }
 
@@ -48,7 +52,8 @@ export function causesOf(profile: Profiler.Profile): Record<Cause, number> {
     const cause =
       functionName === '(idle)'
         ? 'idle'
-        : (ownCauseOf(url) ?? (parent === undefined || functionName === '(program)' ? 'native' : causeOf(parent)));
+        : (ownCauseOf(url, functionName) ??
+          (parent === undefined || functionName === '(program)' ? 'native' : causeOf(parent)));
     causes.set(id, cause);
     return cause;
   };
