@@ -6,7 +6,7 @@ import { cpSync, existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Bus, ensureStreams, type WorkLease, WorkQueue } from '@lamina/bus';
-import { STREAMS } from '@lamina/protocol';
+import { STREAMS, SUBJECTS } from '@lamina/protocol';
 import type { LaminaError } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import type { JetStreamManager } from 'nats';
@@ -86,7 +86,10 @@ test('an item that the consumer counts as done and the stream still has is offer
 });
 
 test('an item that nobody holds and that is not offered is offered by a new consumer', async () => {
-  await manager.consumers.update(name, durableConsumer, { max_ack_pending: 1 });
+  // It has not taken the messages in that it was made for, nor ever will.
+  const { config } = await manager.consumers.info(name, durableConsumer);
+  await manager.consumers.delete(name, durableConsumer);
+  await manager.consumers.add(name, { ...config, filter_subject: SUBJECTS.work('held') });
   for (const id of ['held', 'stuck']) await queue.submit(workItem(id));
   const held = await lease();
   const renewal = setInterval(() => held?.renew(), 500);
@@ -121,6 +124,19 @@ test('nothing is repaired while items are held, handed back for later, or absent
   expect(await lease()).toBeUndefined();
   expect(await lease()).toBeUndefined();
   expect(repairs).toEqual([]);
+});
+
+test('nothing is repaired while as many items are held as may be', async () => {
+  await manager.consumers.update(name, durableConsumer, { max_ack_pending: 1 });
+  for (const id of ['held', 'next']) await queue.submit(workItem(id));
+  const held = await lease();
+  for (let i = 0; i < 3; i++) {
+    held?.renew();
+    expect(await lease()).toBeUndefined();
+  }
+  expect(repairs).toEqual([]);
+  held?.complete();
+  expect((await lease())?.item.id).toBe('next');
 });
 
 test('a consumer that somebody deleted is made again', async () => {

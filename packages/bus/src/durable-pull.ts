@@ -8,9 +8,11 @@
  * Invariants
  * 1. A consumer is made anew only when two looks agree: that the stream has a message from before everything that is not
  *    done; or that it has messages that nobody holds, and that a pull between the looks was given none.
- * 2. A new consumer offers everything that the stream has, also what others hold: whoever takes a message finds out by its
- *    request's id what was reached.
- * 3. The server is asked at most once in LOOK_INTERVAL_MS while messages come, and after each pull that waited in vain.
+ * 2. A new consumer offers everything that the stream has, also what others hold, and counts deliveries anew: whoever takes a
+ *    message finds out by its request's id what was reached, as long as the answer is stored.
+ * 3. The server is asked at most once in LOOK_INTERVAL_MS while messages come, and after each pull that waited in vain. That
+ *    it does not answer keeps nobody from pulling.
+ * 4. A consumer whose pullers hold as many messages as they may is in order.
  */
 import { LaminaError } from '@lamina/tensor';
 import { type Consumer, type ConsumerConfig, type JetStreamManager, type JsMsg, NatsError } from 'nats';
@@ -51,13 +53,13 @@ export class DurablePull {
 
   /** Waits up to `waitMs` for the next message. Rejects when JetStream is away. */
   async next(waitMs: number): Promise<JsMsg | undefined> {
+    if (performance.now() - this.#lookedAtMs > LOOK_INTERVAL_MS) await this.#tryToLook(false);
     try {
       this.#consumer ??= await this.#find();
-      if (performance.now() - this.#lookedAtMs > LOOK_INTERVAL_MS) await this.#look(false);
       const expires = this.#doubt === undefined ? waitMs : Math.min(waitMs, DOUBT_WAIT_MS);
       const message = await this.#consumer.next({ expires });
       if (message !== null) return message;
-      await this.#look(true);
+      await this.#tryToLook(true);
       return undefined;
     } catch (cause) {
       this.#consumer = undefined;
@@ -78,20 +80,33 @@ export class DurablePull {
   }
 
   #manager(): Promise<JetStreamManager> {
-    return this.#bus.connection.jetstreamManager();
+    return this.#bus.connection.jetstreamManager({ checkAPI: false });
+  }
+
+  async #tryToLook(wasInVain: boolean): Promise<void> {
+    this.#lookedAtMs = performance.now();
+    try {
+      await this.#look(wasInVain);
+    } catch {
+      this.#doubt = undefined;
+    }
   }
 
   /** @param wasInVain A pull has just waited and was given nothing. */
   async #look(wasInVain: boolean): Promise<void> {
     const { stream, consumer } = this.#queue;
     const manager = await this.#manager();
-    // In this order: what is done by the first answer has left the stream by the second.
-    const { ack_floor, delivered, num_ack_pending } = await manager.consumers.info(stream, consumer.durable_name);
+    // In this order: what is done by the first answer has, on a single server, left the stream by the second.
+    const { ack_floor, delivered, num_ack_pending, config } = await manager.consumers.info(
+      stream,
+      consumer.durable_name,
+    );
     const { messages, first_seq } = (await manager.streams.info(stream)).state;
-    this.#lookedAtMs = performance.now();
     const former = this.#doubt;
     const passedOver = messages > 0 && first_seq <= ack_floor.stream_seq ? first_seq : undefined;
-    const numDelivered = wasInVain && messages > num_ack_pending ? delivered.consumer_seq : undefined;
+    const mayDeliver = num_ack_pending < (config.max_ack_pending ?? Number.POSITIVE_INFINITY);
+    const isUnheld = wasInVain && mayDeliver && messages > num_ack_pending;
+    const numDelivered = isUnheld ? delivered.consumer_seq : undefined;
     const isPassedOver = passedOver !== undefined && passedOver === former?.passedOver;
     const isStuck = numDelivered !== undefined && numDelivered === former?.numDelivered;
     this.#doubt = passedOver === undefined && numDelivered === undefined ? undefined : { passedOver, numDelivered };

@@ -59,6 +59,27 @@ describe('Scheduler', () => {
     expect(subject.formStep(0).length + subject.formStep(2).length).toBe(left.length);
   });
 
+  it('leaves nobody behind in a wave that is no longer used, in whatever order waves are asked', () => {
+    for (const order of [
+      [0, 1],
+      [1, 0],
+    ]) {
+      const subject = new Scheduler({ maxBatchedTokens: 64, prefillChunkTokens: 32, speculation: 'off' }, 2, 1);
+      subject.blockSizeTokens = BLOCK;
+      const requests = Array.from({ length: 17 }, () =>
+        request({ numPromptTokens: 10, numComputed: 9, phase: 'decode' }),
+      );
+      for (const each of requests) subject.add(each);
+      const last = subject.requestsOf(1)[0]!;
+      last.isInStep = true;
+      for (const each of requests) if (each !== last) subject.remove(each);
+      // While the step of the last one runs, the other wave is asked and has nothing.
+      expect(subject.formStep(0)).toEqual([]);
+      last.isInStep = false;
+      expect(order.flatMap((wave) => subject.formStep(wave)).map((entry) => entry.request)).toEqual([last]);
+    }
+  });
+
   it('gives a prompt the whole step while nobody decodes, in any wave', () => {
     const subject = scheduler(2);
     const long = request({ numPromptTokens: 100 });

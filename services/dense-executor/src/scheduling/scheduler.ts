@@ -133,8 +133,9 @@ export class Scheduler {
   }
 
   /**
-   * Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`, which is idle. One that is
-   * no longer worth a pass gives all it has to the emptiest that is.
+   * Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`, which is idle, and all from
+   * waves that are no longer worth a pass. Such a wave gives what it has to the emptiest that is: one in a step, since an
+   * idle one, which may have been asked before, has taken all.
    */
   #rebalance(waveIndex: number): void {
     const used = this.#usedWaves(0);
@@ -142,6 +143,13 @@ export class Scheduler {
     if (!used.includes(waveIndex)) {
       for (const request of target.splice(0)) this.#put(request, this.#emptiest(used));
       return;
+    }
+    for (const [index, wave] of this.#waves.entries()) {
+      if (wave.length === 0 || used.includes(index)) continue;
+      for (const request of wave.filter(({ isInStep }) => !isInStep)) {
+        wave.splice(wave.indexOf(request), 1);
+        this.#put(request, waveIndex);
+      }
     }
     for (;;) {
       let fullest = target;

@@ -114,16 +114,18 @@ let watch: NodeJS.Timeout | undefined;
 
 /** A dense stage keeps this thread from its socket: a wave is late only if it still is when that has been read. */
 function watchGathers(): void {
+  const nowMs = performance.now();
   for (const wave of waves) {
     const { dispatchedAtMs } = wave.exchange;
-    if (performance.now() - dispatchedAtMs > LATE_AFTER_MS) setImmediate(judgeLate, wave, dispatchedAtMs);
+    const waitedMs = nowMs - dispatchedAtMs;
+    if (waitedMs > LATE_AFTER_MS) setImmediate(judgeLate, wave, dispatchedAtMs, waitedMs);
   }
 }
 
-function judgeLate({ exchange }: Wave, dispatchedAtMs: number): void {
+function judgeLate({ exchange }: Wave, dispatchedAtMs: number, waitedMs: number): void {
   if (exchange.dispatchedAtMs !== dispatchedAtMs) return;
   const shardIds = exchange.waitingShardIds;
-  if (performance.now() - dispatchedAtMs <= options.gatherTimeoutMs) {
+  if (waitedMs <= options.gatherTimeoutMs) {
     post({ kind: 'late', shardIds });
     return;
   }

@@ -107,6 +107,8 @@ export class Wave {
     };
     const self = step.self === null ? undefined : this.#self;
     const selfBegun = step.self === null ? undefined : this.#self.begin(step.self);
+    // Awaited below, unless the exchange refuses the step before.
+    selfBegun?.catch(() => undefined);
     exchange.begin(
       step,
       header,
