@@ -88,7 +88,9 @@ export class DurablePull {
     try {
       await this.#look(wasInVain);
     } catch {
+      // The consumer may be gone: the next pull looks for it, and makes it if so.
       this.#doubt = undefined;
+      this.#consumer = undefined;
     }
   }
 
