@@ -20,8 +20,14 @@ const MODEL = 'smollm2-135m';
  * What overlaps is to be seen, not what two waves cost: products in f32 of so many rows take time in proportion to them, and
  * dense stages on one thread leave a core to all that stands for other machines.
  */
-const SETTINGS = { denseWorkers: '1', intraOpThreads: '1', weights: 'f32', maxRunningRequests: '128' } as const;
-const OPEN_REQUESTS = { maxOpenRequests: '256', maxOpenPerClient: '256' } as const;
+const SETTINGS = {
+  denseWorkers: '1',
+  intraOpThreads: '1',
+  weights: 'f32',
+  maxRunningRequests: '128',
+  maxOpenRequests: '256',
+  maxOpenPerClient: '256',
+} as const;
 const NUM_REQUESTS = 128;
 /** Short, because attention takes as long as the throttle says: its prompts are soon computed. */
 const CONTEXT_TOKENS = 32;
@@ -88,7 +94,7 @@ export async function overlap(context: Context): Promise<Row[]> {
   return measuredTogether([name], async () => {
     const clusters: ThrottledLamina[] = [];
     const startWaves = async (wavesPerWorker: string): Promise<ThrottledLamina> => {
-      const cluster = await ThrottledLamina.start(MODEL, directory, { ...SETTINGS, ...OPEN_REQUESTS, wavesPerWorker });
+      const cluster = await ThrottledLamina.start(MODEL, directory, { ...SETTINGS, wavesPerWorker });
       clusters.push(cluster);
       return cluster;
     };

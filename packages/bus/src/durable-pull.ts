@@ -73,7 +73,7 @@ export class DurablePull {
     try {
       return await consumers.get(stream, consumer.durable_name);
     } catch (cause) {
-      if (!(cause instanceof NatsError) || cause.api_error?.err_code !== CONSUMER_NOT_FOUND_ERROR_CODE) throw cause;
+      if (!isConsumerMissing(cause)) throw cause;
       await (await this.#manager()).consumers.add(stream, consumer);
       return consumers.get(stream, consumer.durable_name);
     }
@@ -87,10 +87,10 @@ export class DurablePull {
     this.#lookedAtMs = performance.now();
     try {
       await this.#look(wasInVain);
-    } catch {
-      // The consumer may be gone: the next pull looks for it, and makes it if so.
+    } catch (cause) {
       this.#doubt = undefined;
-      this.#consumer = undefined;
+      // The next pull makes it.
+      if (isConsumerMissing(cause)) this.#consumer = undefined;
     }
   }
 
@@ -122,4 +122,8 @@ export class DurablePull {
       : `${messages - num_ack_pending} messages`;
     this.#onRepair(new LaminaError('unavailable', `the consumer of ${stream} did not offer ${what}; it was made anew`));
   }
+}
+
+function isConsumerMissing(cause: unknown): boolean {
+  return cause instanceof NatsError && cause.api_error?.err_code === CONSUMER_NOT_FOUND_ERROR_CODE;
 }

@@ -55,7 +55,8 @@ const PARTIES: Readonly<Record<string, readonly Role[]>> = {
 
 /**
  * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer,
- * acknowledge, and replace a consumer that is stuck. look: one message, and how many wait. read: replay it. follow: its messages as they are published.
+ * acknowledge, and replace a consumer that is stuck. look: one message, and how many wait. read: replay it. follow: its
+ * messages as they are published.
  */
 type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow';
 

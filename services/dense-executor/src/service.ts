@@ -23,8 +23,8 @@ import { WorkerPool } from './worker-pool.ts';
 const DRAIN_TIMEOUT_MS = 2_000;
 /** Well before a supervisor loses patience, though nats-server may not store what is handed back. */
 const HAND_BACK_TIMEOUT_MS = 2_000;
-/** One pull from the work queue waits so long; an idle executor asks once per that time. */
-const LEASE_WAIT_MS = 30_000;
+/** One pull from the work queue waits so long; an idle executor asks once per that time, and what the server keeps back is found then. */
+const LEASE_WAIT_MS = 10_000;
 
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 

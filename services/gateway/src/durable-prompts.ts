@@ -42,7 +42,8 @@ export interface DurablePromptsParts extends PreparationParts {
 }
 
 const MAX_IN_HAND = 32;
-const TAKE_WAIT_MS = 30_000;
+/** After a pull in vain it is looked whether the server keeps something back. */
+const TAKE_WAIT_MS = 10_000;
 /** While the cluster is down or full. */
 const RETRY_MS = 500;
 /** For prompts that need more KV than there is now; the others must not wait for a shard with them. */

@@ -2,9 +2,8 @@
  * Owns the memory that the stages of one wave write to.
  *
  * Invariants
- * 1. Memory is made anew only when a step has more rows than any before it: a layer allocates nothing. (What ONNX Runtime
- *    returns otherwise is memory outside of V8's heap, 100 MB a second at 32 requests, of which V8 gets rid by several full
- *    collections a second.)
+ * 1. Memory is made anew only when a step has more rows than any before it: a layer allocates nothing. What ONNX Runtime
+ *    returns otherwise is new memory for every stage, 6 MB a step of 16 rows of SmolLM2-135M.
  * 2. The hidden state that a stage reads is not in the memory that it writes: two take turns.
  * 3. What a stage wrote is valid until the next stage of the same wave runs; its hidden state until the one after.
  */
