@@ -128,10 +128,12 @@ export class ChaosCluster {
     });
   }
 
-  /** That the kv-manager says that a shard is lost. */
-  shardLost(): Sign {
+  /** That the kv-manager says that a shard is lost: one of these, or any. */
+  shardLost(isMeant: (shardId: string) => boolean = () => true): Sign {
     return new Sign((see) => {
-      const subscription = this.cluster.bus.onEvent(EVENTS.shardLost, see);
+      const subscription = this.cluster.bus.onEvent(EVENTS.shardLost, ({ shardId }) => {
+        if (isMeant(shardId)) see();
+      });
       return () => subscription.unsubscribe();
     });
   }

@@ -8,7 +8,7 @@
 import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import { Child, type Cluster, ROOT_DIRECTORY } from '@lamina/cli';
-import { ENDPOINTS } from '@lamina/protocol';
+import { ENDPOINTS, type KvStatus } from '@lamina/protocol';
 import { processEnvironment } from '@lamina/runtime';
 import { Random } from './random.ts';
 import { TensorProxy } from './tensor-proxy.ts';
@@ -48,13 +48,28 @@ export function canPartition(): boolean {
   return isPossible;
 }
 
+const JOIN_TIMEOUT_MS = 20_000;
+/** Once healed, what TCP has left unsent is sent again within some seconds. */
+const IN_USE_TIMEOUT_MS = 30_000;
+const POLL_MS = 50;
+
+const shardsOf = async (cluster: Cluster): Promise<KvStatus['shards']> => {
+  const { shards } = await cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 2_000 });
+  return shards.filter(({ numBlocks }) => numBlocks > 0);
+};
+
 export class IsolatedShard {
+  readonly #cluster: Cluster;
   readonly #child: Child;
   readonly #proxy: TensorProxy;
+  /** Of its first life; every later one has a number behind it. */
+  readonly #firstId: string;
 
-  private constructor(child: Child, proxy: TensorProxy) {
+  private constructor(cluster: Cluster, child: Child, proxy: TensorProxy, firstId: string) {
+    this.#cluster = cluster;
     this.#child = child;
     this.#proxy = proxy;
+    this.#firstId = firstId;
   }
 
   /** Resolves when its blocks can be used. */
@@ -64,11 +79,7 @@ export class IsolatedShard {
       ...{ serverPort: natsPort, host: HOST_ADDRESS },
       ...{ random: new Random(0), harms: [], rate: 0 },
     });
-    const numShards = async (): Promise<number> => {
-      const { shards } = await cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 2_000 });
-      return shards.filter(({ numBlocks }) => numBlocks > 0).length;
-    };
-    const before = await numShards();
+    const others = new Set((await shardsOf(cluster)).map(({ shardId }) => shardId));
     const child = new Child({
       name: 'isolated attention-shard',
       command: 'ip',
@@ -78,11 +89,34 @@ export class IsolatedShard {
       ],
       environment: { PATH: processEnvironment().PATH, LAMINA_NATS_URL: proxy.url },
     });
-    for (let waitedMs = 0; (await numShards()) === before; waitedMs += 100) {
-      if (waitedMs > 20_000) throw new Error(`the isolated shard did not join: ${child.log.join('\n')}`);
-      await sleep(100);
+    for (let waitedMs = 0; waitedMs < JOIN_TIMEOUT_MS; waitedMs += POLL_MS) {
+      const joined = (await shardsOf(cluster)).find(({ shardId }) => !others.has(shardId));
+      if (joined !== undefined) return new IsolatedShard(cluster, child, proxy, joined.shardId);
+      await sleep(POLL_MS);
     }
-    return new IsolatedShard(child, proxy);
+    throw new Error(`the isolated shard did not join: ${child.log.join('\n')}`);
+  }
+
+  /** Whether this is the id of one of its lives. */
+  isOwnId(shardId: string): boolean {
+    return shardId === this.#firstId || shardId.startsWith(`${this.#firstId}-`);
+  }
+
+  /**
+   * Resolves when it has joined, again after a cut, and holds KV of requests that run: cut off before, nobody would notice.
+   * @throws Error when that is not so in time.
+   */
+  async inUse(): Promise<void> {
+    const deadlineMs = performance.now() + IN_USE_TIMEOUT_MS;
+    for (;;) {
+      const own = (await shardsOf(this.#cluster)).find(({ shardId }) => this.isOwnId(shardId));
+      if (own !== undefined && own.usedBlocks > 0) return;
+      if (performance.now() > deadlineMs) {
+        const state = own === undefined ? 'has not joined again' : 'holds no block of a request';
+        throw new Error(`the isolated shard ${state} after ${IN_USE_TIMEOUT_MS} ms: ${this.#child.log.join('\n')}`);
+      }
+      await sleep(POLL_MS);
+    }
   }
 
   cut(): void {

@@ -48,6 +48,7 @@ export async function judge(tested: ChaosCluster, load: Load, trial: Trial): Pro
       await sleep(random.between(100, 1_200));
       const busyByMs = performance.now() + BUSY_TIMEOUT_MS;
       while (workload.numRunning < load.concurrency / 2 && performance.now() < busyByMs) await sleep(20);
+      await fault.ready?.();
       const delays = workload.watch();
       const sign = fault.sign?.();
       await fault.act(random);

@@ -13,6 +13,8 @@ import { type Harm, TensorProxy } from './tensor-proxy.ts';
 import { sleep } from './workload.ts';
 
 export interface Fault {
+  /** Resolves when it would hit something; absent where it always does. Rejects when that is not so in time. */
+  ready?(): Promise<void>;
   /** Makes it, and makes it good. */
   act(random: Random): Promise<void>;
   /** By what the cluster shows that it has noticed; absent where that cannot be seen. */
@@ -142,7 +144,8 @@ export const SCENARIOS: readonly Scenario[] = [
     ...onPlain('partition of an attention-shard', STALLS, async (tested) => {
       const shard = await IsolatedShard.start(tested.cluster, tested.natsPort);
       return {
-        sign: () => tested.shardLost(),
+        ready: () => shard.inUse(),
+        sign: () => tested.shardLost((shardId) => shard.isOwnId(shardId)),
         act: async () => {
           shard.cut();
           await sleep(STALL_MS);
