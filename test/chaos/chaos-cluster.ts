@@ -147,6 +147,15 @@ export class ChaosCluster {
     });
   }
 
+  /** Whether JetStream answers in time. */
+  async hasJetStream(timeoutMs: number): Promise<boolean> {
+    const manager = await this.cluster.bus.connection.jetstreamManager({ timeout: timeoutMs, checkAPI: false });
+    return manager.getAccountInfo().then(
+      () => true,
+      () => false,
+    );
+  }
+
   /** Services of which not as many processes run as were started. */
   incomplete(): string[] {
     return LAYOUT.flatMap(([service, number]) => {

@@ -38,6 +38,8 @@ const KILLS = [3, 20] as const;
 const STALLS = [1, 10] as const;
 const STALL_MS = 10_000;
 const DISK_FULL_MS = 5_000;
+/** The last part of that time, in which JetStream is asked whether it is there. */
+const PROBE_MS = 2_000;
 const HARM_RATE = 0.002;
 
 /** By what each service's absence shows; nobody says a word about a gateway. */
@@ -78,7 +80,7 @@ function stopped(service: Service): Scenario {
 }
 
 /** Messages of two of the three shards are harmed on their way. */
-function tensors(name: string, harms: readonly Harm[]): Scenario {
+function tensors(name: string, harms: readonly Harm[], signOfHarm?: (tested: ChaosCluster) => Sign): Scenario {
   const prepare: Scenario['prepare'] = async (tested, random, isLong) => {
     const proxy = await TensorProxy.start({ serverPort: tested.natsPort, random, harms, rate: HARM_RATE });
     const { cluster } = tested;
@@ -89,6 +91,7 @@ function tensors(name: string, harms: readonly Harm[]): Scenario {
     };
     await replaceShards({ natsUrl: proxy.url });
     return {
+      sign: signOfHarm && (() => signOfHarm(tested)),
       act: async () => {
         proxy.isHarming = true;
         await sleep(isLong ? 60_000 : 10_000);
@@ -157,21 +160,27 @@ export const SCENARIOS: readonly Scenario[] = [
     isPossible: canPartition(),
   },
   tensors('delayed, duplicated and reordered', ['delay', 'duplicate', 'reorder']),
-  tensors('corrupted', ['corrupt']),
+  tensors('corrupted', ['corrupt'], (tested) => tested.logged('a tensor frame was damaged on its way')),
   {
     name: 'disk full',
     numFaults: STALLS,
     cluster: 'small disk',
     isPossible: canMount(),
-    prepare: (tested) => ({
-      act: async () => {
-        fillDisk(diskOf(tested));
-        await sleep(DISK_FULL_MS);
-        emptyDisk(diskOf(tested));
-        // nats-server gives JetStream up on a full disk, and takes it on again only when it is started again.
-        await tested.killNats();
-        await tested.startNats();
-      },
-    }),
+    prepare: (tested) => {
+      let numUnfelt = 0;
+      return {
+        act: async () => {
+          fillDisk(diskOf(tested));
+          await sleep(DISK_FULL_MS - PROBE_MS);
+          const [isThere] = await Promise.all([tested.hasJetStream(PROBE_MS), sleep(PROBE_MS)]);
+          if (isThere) numUnfelt++;
+          emptyDisk(diskOf(tested));
+          // nats-server gives JetStream up on a full disk, and takes it on again only when it is started again.
+          await tested.killNats();
+          await tested.startNats();
+        },
+        problems: () => (numUnfelt === 0 ? [] : [`JetStream went on on ${numUnfelt} full disks`]),
+      };
+    },
   },
 ];
