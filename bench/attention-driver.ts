@@ -7,6 +7,7 @@
  * 2. A layer of a wave is sent when every shard has answered the one before, as in a real step; waves are independent.
  * 3. Answers are counted, and a layer that a shard refuses ends the measurement.
  */
+import { halfFloats } from '@lamina/attention-kernel';
 import { Bus } from '@lamina/bus';
 import {
   attendBytes,
@@ -29,7 +30,7 @@ import {
   unpackMessage,
   writeFrameHeader,
 } from '@lamina/protocol';
-import type { KvLayout } from '@lamina/tensor';
+import { elementBytes, type KvLayout } from '@lamina/tensor';
 import { sleep } from './processes.ts';
 
 const ORIGIN_ID = 1;
@@ -187,12 +188,17 @@ export class AttentionDriver {
 
   /** Sends the plans of a step and its first layer. */
   #begin(wave: Wave, parts: readonly { readonly shardId: string; readonly plan: StepPlan }[]): void {
-    const { numHeads, numKvHeads, headDim } = this.#layout;
+    const { kvDtype } = this.#layout;
+    const { toHalves } = halfFloats();
     wave.links = parts.map(({ shardId, plan }, shardIndex) => {
-      const bodyBytes = attendBytes(plan, numHeads, numKvHeads, headDim);
+      const bodyBytes = attendBytes(plan, this.#layout);
       const message = new Uint8Array(FRAME_HEADER_BYTES + bodyBytes);
-      const floats = new Float32Array(message.buffer, FRAME_HEADER_BYTES);
-      for (let i = 0; i < floats.length; i++) floats[i] = ((i * 7919) % 1009) / 1009 - 0.5;
+      const floats = Float32Array.from(
+        { length: bodyBytes / elementBytes(kvDtype) },
+        (_, i) => ((i * 7919) % 1009) / 1009 - 0.5,
+      );
+      if (kvDtype === 'f32') message.set(new Uint8Array(floats.buffer), FRAME_HEADER_BYTES);
+      else toHalves(floats, 0, floats.length, new Uint16Array(message.buffer, FRAME_HEADER_BYTES), 0);
       const header: FrameHeader = {
         kind: FRAME_KIND.attend,
         layer: 0,

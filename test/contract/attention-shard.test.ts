@@ -26,6 +26,7 @@ import { startKvManager } from '../../services/kv-manager/src/service.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
 
 const SPEC: AttentionSpec = { numLayers: 2, numHeads: 4, numKvHeads: 2, headDim: 32, scale: 0.2 };
+const WIRE = { ...SPEC, kvDtype: 'f32' } as const;
 const BLOCK = 16;
 const BLOCK_BYTES = blockBytes({ ...SPEC, blockSizeTokens: BLOCK, kvDtype: 'f32' });
 const MAX_PAYLOAD_BYTES = 8192;
@@ -133,7 +134,7 @@ function randomTensor(length: number): Float32Array {
 }
 
 function randomLayer(plan: StepPlan): Float32Array {
-  return randomTensor(attendBytes(plan, SPEC.numHeads, SPEC.numKvHeads, SPEC.headDim) / 4);
+  return randomTensor(attendBytes(plan, WIRE) / 4);
 }
 
 /** Causal attention of the last chunk over itself and the ones before it of the same request, in float64: o, then lse. */
@@ -197,7 +198,7 @@ test('a prefill chunk and a decode step equal float64 attention, in every layer'
   for (const [layer, qkv] of layers.entries()) {
     sendLayer(layer, qkv);
     const { header, body } = await answer(layer);
-    expect(header).toEqual(headerOf({ kind: FRAME_KIND.partial, layer, bodyBytes: partialBytes(5, 4, 32) }));
+    expect(header).toEqual(headerOf({ kind: FRAME_KIND.partial, layer, bodyBytes: partialBytes(5, WIRE) }));
     expectClose(body, oracle([{ qkv, numTokens: 5 }]));
   }
   const decode: StepPlan = {

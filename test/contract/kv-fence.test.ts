@@ -83,9 +83,7 @@ class FakeExecutor {
   }
 
   sendLayer({ shardId }: BlockRef, stepId: number, plan: StepPlan, value: number): void {
-    const message = new Uint8Array(
-      FRAME_HEADER_BYTES + attendBytes(plan, SPEC.numHeads, SPEC.numKvHeads, SPEC.headDim),
-    );
+    const message = new Uint8Array(FRAME_HEADER_BYTES + attendBytes(plan, { ...SPEC, kvDtype: 'f32' }));
     const qkv = new Float32Array(message.buffer, FRAME_HEADER_BYTES);
     for (let i = 0; i < qkv.length; i++) qkv[i] = Math.sin(value * (i + 1));
     this.#send(shardId, message, { kind: FRAME_KIND.attend, stepId });

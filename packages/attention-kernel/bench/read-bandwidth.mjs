@@ -12,6 +12,7 @@
  *    `ratioMedian` the median of the rounds' own ratios.
  */
 import { parseArgs } from 'node:util';
+import { halfFloats } from '../dist/half-floats.js';
 import { loadNativeAddon } from '../dist/native-addon.js';
 import { NativeKernel } from '../dist/native-kernel.js';
 
@@ -39,6 +40,7 @@ if (loaded.addon === null) {
 const blockSizeTokens = Number(values.block);
 const contextTokens = Number(values.context);
 const numKvHeads = 8;
+const elementBytes = values.dtype === 'f16' ? 2 : 4;
 
 function shuffled(count) {
   const order = Int32Array.from({ length: count }, (_, i) => i);
@@ -51,10 +53,12 @@ function shuffled(count) {
   return order;
 }
 
-function randomBytes(numFloats) {
-  const floats = new Float32Array(numFloats);
-  for (let i = 0; i < numFloats; i++) floats[i] = Math.random() - 0.5;
-  return new Uint8Array(floats.buffer);
+function randomBytes(count) {
+  const floats = Float32Array.from({ length: count }, () => Math.random() - 0.5);
+  if (values.dtype === 'f32') return new Uint8Array(floats.buffer);
+  const halves = new Uint16Array(count);
+  halfFloats().toHalves(floats, 0, count, halves, 0);
+  return new Uint8Array(halves.buffer);
 }
 
 const attend = (kernel, step, qkv, out) =>
@@ -74,7 +78,7 @@ async function fill(kernel, headDim) {
       blocks: new Int32Array(0),
       kvSlots: Int32Array.from({ length: count }, (_, i) => slot + i),
     });
-    await attend(kernel, step, qkv.subarray(0, 2 * count * numKvHeads * headDim * 4), new Uint8Array(0));
+    await attend(kernel, step, qkv.subarray(0, 2 * count * numKvHeads * headDim * elementBytes), new Uint8Array(0));
     kernel.endStep(step);
   }
 }
@@ -104,7 +108,7 @@ const median = (list) => list.sort((a, b) => a - b)[Math.floor(list.length / 2)]
 async function compare(kernel, plan, work, yardstick) {
   const { numHeads, headDim } = kernel.layout;
   const qkv = randomBytes(plan.numQueryRows * numHeads * headDim);
-  const out = new Uint8Array(plan.numQueryRows * numHeads * (headDim + 1) * 4);
+  const out = new Uint8Array(plan.numQueryRows * numHeads * (headDim * elementBytes + 4));
   const step = kernel.beginStep(plan);
   const ours = [];
   const theirs = [];
@@ -129,7 +133,6 @@ for (const headDim of numbers(values.dims)) {
   for (const group of numbers(values.groups)) {
     for (const numThreads of numbers(values.threads)) {
       const numHeads = numKvHeads * group;
-      const elementBytes = values.dtype === 'f16' ? 2 : 4;
       const bytesPerBlock = blockSizeTokens * numKvHeads * headDim * 2 * elementBytes;
       const numBlocks = Math.floor((Number(values.mib) * 2 ** 20) / bytesPerBlock);
       const spec = { numLayers: 1, numHeads, numKvHeads, headDim, scale: headDim ** -0.5 };

@@ -7,8 +7,11 @@
 // 2. The thread-safe function keeps the process alive only while attends are in flight.
 // 3. No worker outlives the environment: the cleanup hook (added after the thread-safe function, so run before its own)
 //    joins them. After that every call throws.
+#include <algorithm>
+#include <cstring>
 #include <new>
 #include <system_error>
+#include <utility>
 
 #include "cpu_dispatch.h"
 #include "napi_values.h"
@@ -189,7 +192,7 @@ napi_value begin_step(napi_env env, napi_callback_info info) {
   }
 }
 
-/** attend(kernel, step, layer, qkv, out, id) */
+/** attend(kernel, step, layer, qkv, out, id): true when it is done already; else onDone(id) is called later. */
 napi_value attend(napi_env env, napi_callback_info info) {
   napi_value args[6];
   if (!read_arguments(env, info, 6, args)) return nullptr;
@@ -210,13 +213,23 @@ napi_value attend(napi_env env, napi_callback_info info) {
   const KvShape& shape = kernel->engine.shape;
   const Step& step = *box->step;
   const size_t cells = size_t(step.num_query_rows) * shape.num_heads;
-  const size_t kv_floats = size_t(step.num_kv_rows) * shape.num_kv_heads * shape.head_dim;
-  if (layer < 0 || layer >= shape.num_layers || qkv_bytes != 4 * (cells * shape.head_dim + 2 * kv_floats) ||
-      out_bytes != 4 * cells * (shape.head_dim + 1))
+  const size_t kv_cells = size_t(step.num_kv_rows) * shape.num_kv_heads;
+  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
+  if (layer < 0 || layer >= shape.num_layers || qkv_bytes != head_bytes * (cells + 2 * kv_cells) ||
+      out_bytes != cells * (head_bytes + 4))
     return fail(env, "layer or buffer length does not fit the step");
-  if (kernel->num_in_flight++ == 0) napi_ref_threadsafe_function(env, kernel->completion);
-  kernel->pool->submit(Job{uint32_t(id), box->step, layer, static_cast<const uint8_t*>(qkv), static_cast<uint8_t*>(out)});
-  return nullptr;
+  Job job{uint32_t(id), box->step, layer, static_cast<const uint8_t*>(qkv), static_cast<uint8_t*>(out)};
+  // Behind others it waits for its turn, and for theirs to be reported.
+  const bool is_done = kernel->num_in_flight == 0 && kernel->engine.division_of(job).is_brief;
+  if (is_done) {
+    kernel->pool->run_here(job);
+  } else {
+    if (kernel->num_in_flight++ == 0) napi_ref_threadsafe_function(env, kernel->completion);
+    kernel->pool->submit(std::move(job));
+  }
+  napi_value done;
+  napi_get_boolean(env, is_done, &done);
+  return done;
 }
 
 /** endStep(step): queued attends still finish. */
@@ -267,6 +280,56 @@ napi_value measure_peak_flops(napi_env env, napi_callback_info info) {
   return flops;
 }
 
+/** toHalves(source Float32Array, start, count, target Uint16Array, at): rounded to the nearest float16. */
+napi_value to_halves(napi_env env, napi_callback_info info) {
+  napi_value args[5];
+  if (!read_arguments(env, info, 5, args)) return nullptr;
+  void* source = nullptr;
+  void* target = nullptr;
+  size_t source_length = 0;
+  size_t target_length = 0;
+  int32_t start = 0;
+  int32_t count = 0;
+  int32_t at = 0;
+  if (!read_typed_array(env, args[0], napi_float32_array, &source, &source_length) ||
+      !read_int32(env, args[1], &start) || !read_int32(env, args[2], &count) ||
+      !read_typed_array(env, args[3], napi_uint16_array, &target, &target_length) || !read_int32(env, args[4], &at))
+    return nullptr;
+  if (start < 0 || count < 0 || at < 0 || size_t(start) + size_t(count) > source_length ||
+      size_t(at) + size_t(count) > target_length)
+    return fail(env, "range outside of the arrays");
+  fastest_kernel().to_halves(static_cast<const float*>(source) + start, static_cast<uint16_t*>(target) + at,
+                                        size_t(count));
+  return nullptr;
+}
+
+/** toFloats(source Uint8Array, count, target Float32Array): the first `count` float16 of source, at any alignment. */
+napi_value to_floats(napi_env env, napi_callback_info info) {
+  napi_value args[3];
+  if (!read_arguments(env, info, 3, args)) return nullptr;
+  void* source = nullptr;
+  void* target = nullptr;
+  size_t source_bytes = 0;
+  size_t target_length = 0;
+  int32_t count = 0;
+  if (!read_typed_array(env, args[0], napi_uint8_array, &source, &source_bytes) || !read_int32(env, args[1], &count) ||
+      !read_typed_array(env, args[2], napi_float32_array, &target, &target_length))
+    return nullptr;
+  if (count < 0 || size_t(count) * 2 > source_bytes || size_t(count) > target_length)
+    return fail(env, "range outside of the arrays");
+  const uint8_t* bytes = static_cast<const uint8_t*>(source);
+  float* floats = static_cast<float*>(target);
+  // Through aligned memory: received bytes lie anywhere.
+  uint16_t halves[512];
+  for (size_t done = 0; done < size_t(count);) {
+    const size_t piece = std::min(sizeof halves / 2, size_t(count) - done);
+    std::memcpy(halves, bytes + 2 * done, 2 * piece);
+    fastest_kernel().to_floats(halves, floats + done, piece);
+    done += piece;
+  }
+  return nullptr;
+}
+
 /** supportedSimd(): names that `simd` of create may have on this processor, fastest first. */
 napi_value supported_simd(napi_env env, napi_callback_info) {
   napi_value list;
@@ -292,7 +355,8 @@ NAPI_MODULE_INIT() {
                    {"beginStep", begin_step}, {"attend", attend},
                    {"endStep", end_step},     {"close", close},
                    {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read},
-                   {"measurePeakFlops", measure_peak_flops}};
+                   {"measurePeakFlops", measure_peak_flops},
+                   {"toHalves", to_halves},     {"toFloats", to_floats}};
   for (const auto& entry : functions) {
     napi_value function;
     if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||

@@ -26,14 +26,23 @@ WorkerScratch::WorkerScratch() : memory_(nullptr) {
 
 WorkerScratch::~WorkerScratch() { std::free(memory_); }
 
+/** One token's K of one KV head: element d goes to column `offset` of row d. */
+template <class T>
+static void store_column(const uint8_t* source, uint8_t* block, int32_t offset, const KvShape& shape) {
+  T row[kMaxHeadDim];
+  std::memcpy(row, source, size_t(shape.head_dim) * sizeof(T));
+  T* target = reinterpret_cast<T*>(block) + offset;
+  for (int32_t d = 0; d < shape.head_dim; d++) target[ptrdiff_t(d) * shape.block_size_tokens] = row[d];
+}
+
 void run_store_unit(const Engine& engine, const Job& job, int32_t unit) {
   const Step& step = *job.step;
   const KvShape& shape = engine.shape;
   const Slab& slab = *engine.slab;
-  const auto store = shape.is_f16 ? engine.simd->store_f16 : engine.simd->store_f32;
+  const auto store_k = shape.is_f16 ? store_column<uint16_t> : store_column<uint32_t>;
   const int32_t begin = unit * step.rows_per_store_unit;
   const int32_t end = std::min(step.num_kv_rows, begin + step.rows_per_store_unit);
-  const size_t head_bytes = size_t(shape.head_dim) * 4;
+  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
   const size_t row_bytes = head_bytes * shape.num_kv_heads;
   const uint8_t* k = job.qkv + size_t(step.num_query_rows) * shape.num_heads * head_bytes;
   const uint8_t* v = k + size_t(step.num_kv_rows) * row_bytes;
@@ -45,9 +54,8 @@ void run_store_unit(const Engine& engine, const Job& job, int32_t unit) {
       const int32_t offset = slot % shape.block_size_tokens;
       uint8_t* block = base + size_t(slot / shape.block_size_tokens) * slab.block_stride_bytes();
       const size_t source = size_t(row) * row_bytes + head * head_bytes;
-      store({k + source, block + offset * slab.element_bytes(), shape.head_dim, shape.block_size_tokens});
-      store({v + source, block + slab.half_bytes() + size_t(offset) * shape.head_dim * slab.element_bytes(),
-             shape.head_dim, 1});
+      store_k(k + source, block, offset, shape);
+      std::memcpy(block + slab.half_bytes() + size_t(offset) * head_bytes, v + source, head_bytes);
     }
   }
 }
@@ -66,8 +74,15 @@ static void write_row(const Engine& engine, const Job& job, const Group& group, 
   const float inverse = empty ? 0.0f : 1.0f / sum;
   for (int32_t d = 0; d < shape.head_dim; d++) normalized[d] = acc[d] * inverse;
   const float lse = empty ? -INFINITY : float((double(maximum) + std::log2(double(sum))) * kLn2);
-  std::memcpy(job.out + cell * shape.head_dim * 4, normalized, size_t(shape.head_dim) * 4);
-  std::memcpy(job.out + (cells * shape.head_dim + cell) * 4, &lse, 4);
+  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
+  if (shape.is_f16) {
+    uint16_t halves[kMaxHeadDim];
+    engine.simd->to_halves(normalized, halves, size_t(shape.head_dim));
+    std::memcpy(job.out + cell * head_bytes, halves, head_bytes);
+  } else {
+    std::memcpy(job.out + cell * head_bytes, normalized, head_bytes);
+  }
+  std::memcpy(job.out + cells * head_bytes + cell * 4, &lse, 4);
 }
 
 /** Merges the partials of a group; runs after all of them are written. */
@@ -136,7 +151,14 @@ static void run_attend_unit(const Engine& engine, const Job& job, int32_t index,
     const size_t cell = (size_t(segment.query_row_start) + flat / task.group) * shape.num_heads +
                         size_t(group.kv_head) * task.group + flat % task.group;
     float* q = scratch.q + row * kRowStride;
-    std::memcpy(q, job.qkv + cell * head_dim * 4, size_t(head_dim) * 4);
+    const size_t head_bytes = size_t(head_dim) * element_bytes(shape);
+    if (shape.is_f16) {
+      uint16_t halves[kMaxHeadDim];
+      std::memcpy(halves, job.qkv + cell * head_bytes, head_bytes);
+      engine.simd->to_floats(halves, q, size_t(head_dim));
+    } else {
+      std::memcpy(q, job.qkv + cell * head_bytes, head_bytes);
+    }
     for (int32_t d = 0; d < head_dim; d++) q[d] *= scale;
   }
   (shape.is_f16 ? engine.simd->attend_tile_f16 : engine.simd->attend_tile_f32)(task, scratch);

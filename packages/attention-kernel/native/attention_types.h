@@ -37,6 +37,7 @@ struct KvShape {
   int32_t head_dim;
   int32_t block_size_tokens;
   float scale;
+  /** Of K and V in the slab, and of q, k, v and o as they come and go; else float32. */
   bool is_f16;
 };
 
@@ -89,16 +90,6 @@ struct Scratch {
   float* sum;
 };
 
-/** Where one token's K or V of one KV head goes. */
-struct StoreTask {
-  /** headDim float32 at any alignment. */
-  const uint8_t* source;
-  uint8_t* target;
-  int32_t head_dim;
-  /** Distance between elements in the target: blockSizeTokens for K, 1 for V. */
-  int32_t stride_elements;
-};
-
 struct SimdKernel {
   /** As in AttentionKernel.name. */
   const char* name;
@@ -108,8 +99,10 @@ struct SimdKernel {
   int32_t lanes;
   void (*attend_tile_f16)(const TileTask&, const Scratch&);
   void (*attend_tile_f32)(const TileTask&, const Scratch&);
-  void (*store_f16)(const StoreTask&);
-  void (*store_f32)(const StoreTask&);
+  /** float16 to float32, exactly; any count. */
+  void (*to_floats)(const uint16_t* from, float* to, size_t count);
+  /** float32 to the nearest float16, ties to even, beyond its range infinity; any count. */
+  void (*to_halves)(const float* from, uint16_t* to, size_t count);
   /** Reads every byte (a multiple of 256, 64-byte aligned) and adds it up: the bandwidth that attention is measured against. */
   float (*bare_read)(const uint8_t* bytes, size_t num_bytes);
   /** Floating-point operations of `num_rounds` rounds of register-only multiply-adds: the peak that prefill is measured against. */

@@ -32,6 +32,11 @@ std::vector<const SimdKernel*> supported_kernels() {
   return kernels;
 }
 
+const SimdKernel& fastest_kernel() {
+  static const SimdKernel* const fastest = supported_kernels().front();
+  return *fastest;
+}
+
 const SimdKernel* choose_kernel(const KvShape& shape, const std::string& simd) {
   for (const SimdKernel* kernel : supported_kernels()) {
     if (!simd.empty() && simd != kernel->simd) continue;

@@ -10,6 +10,9 @@ namespace lamina {
 /** The variants that this processor can run, fastest first; 'scalar' is always last. */
 std::vector<const SimdKernel*> supported_kernels();
 
+/** The first of these. */
+const SimdKernel& fastest_kernel();
+
 /** The fastest supported variant whose lanes divide the shape; `simd` empty or the one wanted. Null if there is none. */
 const SimdKernel* choose_kernel(const KvShape& shape, const std::string& simd);
 

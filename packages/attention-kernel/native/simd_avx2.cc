@@ -48,12 +48,8 @@ struct Avx2 {
     const Reg keep = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
   }
-  static LAMINA_INLINE void convert(const uint8_t* from, float* to) {
-    _mm256_storeu_ps(to, _mm256_loadu_ps(reinterpret_cast<const float*>(from)));
-  }
-  static LAMINA_INLINE void convert(const uint8_t* from, Half* to) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(reinterpret_cast<const float*>(from)), _MM_FROUND_TO_NEAREST_INT));
+  static LAMINA_INLINE void store(Half* p, Reg x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 };
 

@@ -43,11 +43,7 @@ struct Neon {
     const Reg y = vmulq_f32(p, vreinterpretq_f32_s32(power));
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), drop));
   }
-  static LAMINA_INLINE float32x4_t bytes(const uint8_t* from) { return vreinterpretq_f32_u8(vld1q_u8(from)); }
-  static LAMINA_INLINE void convert(const uint8_t* from, float* to) { vst1q_f32(to, bytes(from)); }
-  static LAMINA_INLINE void convert(const uint8_t* from, Half* to) {
-    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(bytes(from))));
-  }
+  static LAMINA_INLINE void store(Half* p, Reg x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 };
 
 }  // namespace

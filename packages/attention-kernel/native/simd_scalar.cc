@@ -82,11 +82,8 @@ struct Scalar {
     }
     return y;
   }
-  static LAMINA_INLINE void convert(const uint8_t* from, float* to) { std::memcpy(to, from, 16); }
-  static LAMINA_INLINE void convert(const uint8_t* from, Half* to) {
-    float x[4];
-    std::memcpy(x, from, 16);
-    for (int lane = 0; lane < 4; lane++) to[lane] = to_half(x[lane]);
+  static LAMINA_INLINE void store(Half* p, Reg x) {
+    for (int lane = 0; lane < 4; lane++) p[lane] = to_half(x[lane]);
   }
 };
 

@@ -8,8 +8,7 @@
 namespace lamina {
 
 Slab::Slab(const KvShape& shape, int32_t num_blocks)
-    : element_bytes_(shape.is_f16 ? 2 : 4),
-      half_bytes_(size_t(shape.block_size_tokens) * shape.head_dim * element_bytes_),
+    : half_bytes_(size_t(shape.block_size_tokens) * shape.head_dim * element_bytes(shape)),
       block_stride_bytes_(size_t(shape.num_kv_heads) * 2 * half_bytes_),
       layer_stride_bytes_(block_stride_bytes_ * num_blocks),
       num_bytes_(layer_stride_bytes_ * shape.num_layers),

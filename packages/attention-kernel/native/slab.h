@@ -8,6 +8,8 @@
 
 namespace lamina {
 
+inline size_t element_bytes(const KvShape& shape) { return shape.is_f16 ? 2 : 4; }
+
 class Slab {
  public:
   /** Throws std::bad_alloc when the operating system refuses the size. */
@@ -16,7 +18,6 @@ class Slab {
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
 
-  size_t element_bytes() const { return element_bytes_; }
   /** K (or V) of one head of one block. */
   size_t half_bytes() const { return half_bytes_; }
   size_t block_stride_bytes() const { return block_stride_bytes_; }
@@ -28,7 +29,6 @@ class Slab {
   }
 
  private:
-  size_t element_bytes_;
   size_t half_bytes_;
   size_t block_stride_bytes_;
   size_t layer_stride_bytes_;

@@ -12,6 +12,10 @@ static constexpr int64_t kStoreUnitElements = 32768;
 static constexpr int64_t kUnitsPerThread = 6;
 /** KV tokens of one head for which a thread is woken: some twenty microseconds of fp16 with head_dim 64. */
 static constexpr int64_t kMinWorkerTokens = 1024;
+/** Elements of KV times query rows: what one thread does in the time of some two wake-ups. */
+static constexpr int64_t kBriefWork = 1 << 20;
+/** Below so many query rows memory is what takes the time. */
+static constexpr int64_t kMemoryBoundRows = 4;
 /** A block range is never cut shorter than this; a merge must stay cheap beside it. */
 static constexpr int64_t kMinUnitTokens = 512;
 
@@ -33,11 +37,14 @@ static size_t divide(Division& division, const Step& step, const KvShape& shape,
   const int32_t group_size = shape.num_heads / shape.num_kv_heads;
   const int32_t bs = shape.block_size_tokens;
   int64_t total_tokens = 0;
+  int64_t work = 0;
   for (const Segment& segment : step.segments) {
     const int64_t tiles = (int64_t(segment.num_queries) * group_size + kTileRows - 1) / kTileRows;
     const int32_t hidden = first_visible(step.blocks.data() + segment.block_start, segment.num_blocks,
                                          segment.first_position, window_tokens, bs);
-    total_tokens += tiles * (segment.num_blocks - hidden) * bs * shape.num_kv_heads;
+    const int64_t kv_tokens = int64_t(segment.num_blocks - hidden) * bs * shape.num_kv_heads;
+    total_tokens += tiles * kv_tokens;
+    work += std::max(kMemoryBoundRows, int64_t(segment.num_queries) * group_size) * kv_tokens * shape.head_dim;
   }
   int64_t unit_blocks = INT32_MAX;
   if (num_threads > 1)
@@ -71,6 +78,7 @@ static size_t divide(Division& division, const Step& step, const KvShape& shape,
       }
     }
   }
+  division.is_brief = work <= kBriefWork && step.num_store_units <= 1;
   division.num_workers = int32_t(std::max<int64_t>(1, std::min<int64_t>(num_threads, total_tokens / kMinWorkerTokens)));
   const std::vector<Group>& groups = division.groups;
   division.pending.reset(new std::atomic<int32_t>[std::max<size_t>(1, groups.size())]);
@@ -91,7 +99,7 @@ Step::Step(const KvShape& shape, const ScoreRules& rules, int32_t num_threads, i
   num_store_units = (num_kv_rows + rows_per_store_unit - 1) / rows_per_store_unit;
   size_t partial_floats = 0;
   for (const int32_t window_tokens : rules.windows) {
-    divisions.push_back({window_tokens, {}, {}, 1, nullptr});
+    divisions.push_back({window_tokens, {}, {}, 1, false, nullptr});
     partial_floats = std::max(partial_floats, divide(divisions.back(), *this, shape, num_threads));
   }
   partials.resize(partial_floats);

@@ -330,15 +330,31 @@ struct TileKernel {
       sum[0] = total;
     }
   }
-
-  static void store(const StoreTask& task) {
-    T* target = reinterpret_cast<T*>(task.target);
-    alignas(64) T row[kMaxHeadDim];
-    for (int d = 0; d < task.head_dim; d += W) V::convert(task.source + size_t(d) * 4, row + d);
-    const ptrdiff_t stride = task.stride_elements;
-    for (int d = 0; d < task.head_dim; d++) target[d * stride] = row[d];
-  }
 };
+
+template <class V>
+void to_floats(const uint16_t* from, float* to, size_t count) {
+  size_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) V::store(to + i, V::load(from + i));
+  if (i == count) return;
+  uint16_t rest[V::kLanes] = {};
+  float floats[V::kLanes];
+  for (size_t j = 0; i + j < count; j++) rest[j] = from[i + j];
+  V::store(floats, V::load(rest));
+  for (size_t j = 0; i + j < count; j++) to[i + j] = floats[j];
+}
+
+template <class V>
+void to_halves(const float* from, uint16_t* to, size_t count) {
+  size_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) V::store(to + i, V::load(from + i));
+  if (i == count) return;
+  float rest[V::kLanes] = {};
+  uint16_t halves[V::kLanes];
+  for (size_t j = 0; i + j < count; j++) rest[j] = from[i + j];
+  V::store(halves, V::load(rest));
+  for (size_t j = 0; i + j < count; j++) to[i + j] = halves[j];
+}
 
 template <class V>
 float bare_read(const uint8_t* bytes, size_t num_bytes) {
@@ -377,8 +393,8 @@ double multiply_add(int64_t num_rounds) {
                              V::kLanes,                                                                   \
                              TileKernel<V, V::Half>::attend_tile,                                         \
                              TileKernel<V, float>::attend_tile,                                           \
-                             TileKernel<V, V::Half>::store,                                               \
-                             TileKernel<V, float>::store,                                                 \
+                             to_floats<V>,                                                                \
+                             to_halves<V>,                                                                \
                              bare_read<V>,                                                                \
                              multiply_add<V>};
 

@@ -32,6 +32,11 @@ void WorkerPool::stop() {
   threads_.clear();
 }
 
+void WorkerPool::run_here(const Job& job) {
+  for (int32_t unit = 0; unit < job.step->num_store_units; unit++) run_store_unit(engine_, job, unit);
+  run_attend_units(engine_, job, 0, int32_t(engine_.division_of(job).units.size()), caller_scratch_.view());
+}
+
 void WorkerPool::submit(Job job) {
   std::lock_guard<std::mutex> lock(mutex_);
   jobs_.push_back(std::move(job));

@@ -29,6 +29,8 @@ class WorkerPool {
   WorkerPool& operator=(const WorkerPool&) = delete;
 
   void submit(Job job);
+  /** Does a job on the caller's thread. No other may be submitted and not done. */
+  void run_here(const Job& job);
   int32_t num_threads() const { return int32_t(scratch_.size()); }
 
  private:
@@ -46,6 +48,7 @@ class WorkerPool {
   const Engine engine_;
   const std::function<void(uint32_t)> on_done_;
   std::vector<WorkerScratch> scratch_;
+  const WorkerScratch caller_scratch_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;

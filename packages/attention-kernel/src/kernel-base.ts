@@ -56,8 +56,8 @@ export abstract class KernelBase<State> implements AttentionKernel {
 
   /** Makes the kernel's own state of a step. */
   protected abstract makeState(checked: CheckedPlan): State;
-  /** Must lead to exactly one finish(id), later. */
-  protected abstract start(attend: PendingAttend<State>): void;
+  /** Returns true when it is done already; else must lead to exactly one finish(id), later. */
+  protected abstract start(attend: PendingAttend<State>): boolean;
   protected abstract release(state: State): void;
   /** Frees everything; nothing is in flight. */
   protected abstract free(): void;
@@ -77,12 +77,14 @@ export abstract class KernelBase<State> implements AttentionKernel {
     this.#nextId = id === MAX_ID ? 0 : id + 1;
     const pending: PendingAttend<State> = { id, state, checked, layer, qkv, out, done };
     this.#pending.set(id, pending);
+    let isDone: boolean;
     try {
-      this.start(pending);
+      isDone = this.start(pending);
     } catch (error) {
       this.#pending.delete(id);
       throw error;
     }
+    if (isDone) this.finish(id, null);
   }
 
   endStep(step: KernelStep): void {
@@ -106,7 +108,7 @@ export abstract class KernelBase<State> implements AttentionKernel {
     return this.#closing;
   }
 
-  /** To be called on the event loop, never inside start(). */
+  /** To be called on the event loop, once per start() that returned false. */
   protected finish(id: number, error: Error | null): void {
     const pending = this.#pending.get(id);
     if (pending === undefined) throw new LaminaError('internal', `attend ${id} finished twice`);

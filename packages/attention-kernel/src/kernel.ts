@@ -4,7 +4,9 @@
  * Invariants
  * 1. Both kernels give the same results within float32 rounding, and the same errors.
  * 2. A plan is checked once per step (beginStep); attend trusts it.
- * 3. `done` is called asynchronously, exactly once per attend that returned, in the order of the attends.
+ * 3. `done` is called exactly once per attend that returned, in the order of the attends; before attend returns when the work
+ *    is so brief that a thread would take longer to wake.
+ * 4. q, k, v and o are of the dtype of the KV: f16 loses nothing of K and V, and of q and o no more than of K and V.
  */
 import type { KvLayout } from '@lamina/tensor';
 
@@ -51,12 +53,12 @@ export interface AttentionKernel {
    * soft-capped, then ALiBi is added, as the layout says. Sinks are not the kernel's: a key must be counted once, by
    * whoever merges the shards.
    *
-   * @param qkv Raw little-endian bytes at any alignment: q [numQueryRows, numHeads, headDim] f32, then
-   * k [numKvRows, numKvHeads, headDim] f32, then v likewise. Must stay unchanged until `done`.
-   * @param out Raw bytes at any alignment: o [numQueryRows, numHeads, headDim] f32, normalized over the keys seen here,
-   * then lse [numQueryRows, numHeads] f32, the natural log-sum-exp of these scores. A query that sees no key here
-   * gets o = 0 and lse = -Infinity. Valid from `done` on; must not overlap qkv.
-   * @param done Called later on the event loop. Wrong byte lengths, a wrong layer and ended handles throw at once instead.
+   * @param qkv Raw little-endian bytes at any alignment: q [numQueryRows, numHeads, headDim] of layout.kvDtype, then
+   * k [numKvRows, numKvHeads, headDim], then v likewise. Must stay unchanged until `done`.
+   * @param out Raw bytes at any alignment: o [numQueryRows, numHeads, headDim] of layout.kvDtype, normalized over the keys
+   * seen here, then lse [numQueryRows, numHeads] f32, the natural log-sum-exp of these scores. A query that sees no key
+   * here gets o = 0 and lse = -Infinity. Valid from `done` on; must not overlap qkv.
+   * @param done Called on the event loop. Wrong byte lengths, a wrong layer and ended handles throw at once instead.
    */
   attend(step: KernelStep, layer: number, qkv: Uint8Array, out: Uint8Array, done: (error: Error | null) => void): void;
 

@@ -42,6 +42,7 @@ export interface NativeAddon {
     blocks: Int32Array,
     kvSlots: Int32Array,
   ): NativeStepHandle;
+  /** True when it was brief and is done; else onDone(id) is called later. */
   attend(
     kernel: NativeKernelHandle,
     step: NativeStepHandle,
@@ -49,7 +50,7 @@ export interface NativeAddon {
     qkv: Uint8Array,
     out: Uint8Array,
     id: number,
-  ): void;
+  ): boolean;
   endStep(step: NativeStepHandle): void;
   close(kernel: NativeKernelHandle): void;
   /** Names that `simd` may have on this processor, fastest first. */
@@ -58,6 +59,10 @@ export interface NativeAddon {
   measureBareRead(kernel: NativeKernelHandle, numBytes: number, numThreads: number): number;
   /** Floating-point operations per second of one core that does nothing but multiply-adds. */
   measurePeakFlops(kernel: NativeKernelHandle): number;
+  /** `count` values from `start` on, rounded to the nearest float16, to `target` from element `at` on. */
+  toHalves(source: Float32Array, start: number, count: number, target: Uint16Array, at: number): void;
+  /** The first `count` float16 of `source`, at any alignment. */
+  toFloats(source: Uint8Array, count: number, target: Float32Array): void;
 }
 
 const FUNCTION_NAMES = [
@@ -70,6 +75,8 @@ const FUNCTION_NAMES = [
   'supportedSimd',
   'measureBareRead',
   'measurePeakFlops',
+  'toHalves',
+  'toFloats',
 ] as const satisfies readonly (keyof NativeAddon)[];
 
 function isNativeAddon(module: unknown): module is NativeAddon {

@@ -1,5 +1,5 @@
 /**
- * Owns the native kernel: attention on its own threads, completion on the event loop.
+ * Owns the native kernel: attention on its own threads, brief attention at once, completion on the event loop.
  *
  * Invariants
  * 1. The addon only ever sees plans, layers and lengths that plan-check.ts has passed.
@@ -56,8 +56,8 @@ export class NativeKernel extends KernelBase<NativeStepHandle> {
     return this.#addon.beginStep(this.#handle, numQueryRows, numKvRows, segments, blocks, kvSlots);
   }
 
-  protected override start(attend: PendingAttend<NativeStepHandle>): void {
-    this.#addon.attend(this.#handle, attend.state, attend.layer, attend.qkv, attend.out, attend.id);
+  protected override start({ state, layer, qkv, out, id }: PendingAttend<NativeStepHandle>): boolean {
+    return this.#addon.attend(this.#handle, state, layer, qkv, out, id);
   }
 
   protected override release(state: NativeStepHandle): void {

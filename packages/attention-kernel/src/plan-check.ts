@@ -6,7 +6,7 @@
  * 2. Every query row belongs to exactly one segment of a CheckedPlan (rows of no request get a segment without blocks).
  * 3. No two kv rows share a slot, and no two blocks of a segment share a position.
  */
-import { type KvLayout, LaminaError } from '@lamina/tensor';
+import { elementBytes, type KvLayout, LaminaError } from '@lamina/tensor';
 import type { StepPlan } from './kernel.ts';
 
 export const SEGMENT_FIELDS = 5;
@@ -189,11 +189,12 @@ export function checkAttend(
     throw new LaminaError('protocol_violation', `attend: layer ${layer} of a model with ${layout.numLayers} layers`);
   }
   const cells = plan.numQueryRows * layout.numHeads;
-  const qkvBytes = 4 * layout.headDim * (cells + 2 * plan.numKvRows * layout.numKvHeads);
+  const headBytes = layout.headDim * elementBytes(layout.kvDtype);
+  const qkvBytes = headBytes * (cells + 2 * plan.numKvRows * layout.numKvHeads);
   if (qkv.byteLength !== qkvBytes) {
     throw new LaminaError('protocol_violation', `attend: qkv has ${qkv.byteLength} bytes, the step needs ${qkvBytes}`);
   }
-  const outBytes = 4 * cells * (layout.headDim + 1);
+  const outBytes = cells * (headBytes + 4);
   if (out.byteLength !== outBytes) {
     throw new LaminaError('protocol_violation', `attend: out has ${out.byteLength} bytes, the step needs ${outBytes}`);
   }

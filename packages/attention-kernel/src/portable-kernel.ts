@@ -5,7 +5,7 @@
  * 1. One attend per macrotask, so `done` is always asynchronous and timers run between attends (not within one).
  * 2. Weights are relative to a running maximum, so nothing overflows; sums are float64, results float32.
  */
-import { asLaminaError, type KvLayout } from '@lamina/tensor';
+import { asLaminaError, elementBytes, floatsToHalves, halvesToFloats, type KvLayout } from '@lamina/tensor';
 import { KernelBase, type PendingAttend } from './kernel-base.ts';
 import { BLOCK_FIELDS, type CheckedPlan, SEGMENT_FIELDS } from './plan-check.ts';
 import { PortableSlab } from './portable-slab.ts';
@@ -35,6 +35,8 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
   readonly #acc: Float64Array;
   #qkv = new Float32Array(0);
   #out = new Float32Array(0);
+  /** o of f16 on its way to the caller. */
+  #halves = new Uint16Array(0);
   readonly #queue: PendingAttend<CheckedPlan>[] = [];
 
   constructor(layout: KvLayout, numBlocks: number) {
@@ -53,9 +55,10 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
     return checked;
   }
 
-  protected override start(attend: PendingAttend<CheckedPlan>): void {
+  protected override start(attend: PendingAttend<CheckedPlan>): boolean {
     this.#queue.push(attend);
     if (this.#queue.length === 1) setImmediate(() => this.#runNext());
+    return false;
   }
 
   protected override release(_state: CheckedPlan): void {}
@@ -83,9 +86,13 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
     const slab = this.#slab;
     if (slab === null) throw new Error('the slab is gone');
     const plan = attend.checked;
-    if (this.#qkv.byteLength < attend.qkv.byteLength) this.#qkv = new Float32Array(attend.qkv.byteLength / 4);
-    if (this.#out.byteLength < attend.out.byteLength) this.#out = new Float32Array(attend.out.byteLength / 4);
-    new Uint8Array(this.#qkv.buffer).set(attend.qkv);
+    const numInputs = attend.qkv.byteLength / elementBytes(this.layout.kvDtype);
+    const numCells = plan.numQueryRows * this.layout.numHeads;
+    const numOutputs = numCells * this.layout.headDim;
+    if (this.#qkv.length < numInputs) this.#qkv = new Float32Array(numInputs);
+    if (this.#out.length < numOutputs + numCells) this.#out = new Float32Array(numOutputs + numCells);
+    if (this.layout.kvDtype === 'f16') halvesToFloats(attend.qkv, numInputs, this.#qkv);
+    else new Uint8Array(this.#qkv.buffer).set(attend.qkv);
     this.#storeKv(slab, plan, attend.layer);
     for (let i = 0; i < plan.segments.length; i += SEGMENT_FIELDS) {
       const segment: Segment = {
@@ -102,7 +109,19 @@ export class PortableKernel extends KernelBase<CheckedPlan> {
         }
       }
     }
-    attend.out.set(new Uint8Array(this.#out.buffer, 0, attend.out.byteLength));
+    this.#write(attend.out, numOutputs, numCells);
+  }
+
+  /** o, then lse. */
+  #write(out: Uint8Array, numOutputs: number, numCells: number): void {
+    if (this.layout.kvDtype === 'f32') {
+      out.set(new Uint8Array(this.#out.buffer, 0, out.byteLength));
+      return;
+    }
+    if (this.#halves.length < numOutputs) this.#halves = new Uint16Array(numOutputs);
+    floatsToHalves(this.#out, 0, numOutputs, this.#halves, 0);
+    out.set(new Uint8Array(this.#halves.buffer, 0, numOutputs * 2));
+    out.set(new Uint8Array(this.#out.buffer, numOutputs * 4, numCells * 4), numOutputs * 2);
   }
 
   #storeKv(slab: PortableSlab, plan: CheckedPlan, layer: number): void {

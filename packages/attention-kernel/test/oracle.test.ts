@@ -153,7 +153,7 @@ describe.each(ALL_KINDS)('%s equals the float64 oracle', (kind) => {
 });
 
 describe.each(NATIVE_VARIANTS)('%s equals portable', (kind) => {
-  test.each([1, 2, 3])('seed %i, with the same K and V bits in the slab', async (seed) => {
+  test.each([1, 2, 3])('seed %i, but for outputs between two float16 values', async (seed) => {
     const layout = makeLayout({ numHeads: 8, numKvHeads: 2, kvDtype: 'f16' });
     const options: Case = {
       seed,
@@ -171,8 +171,11 @@ describe.each(NATIVE_VARIANTS)('%s equals portable', (kind) => {
     native.outputs.forEach((values, i) => {
       const other = portable.outputs[i]!;
       let worst = 0;
+      const numOutputs = (values.length / (layout.headDim + 1)) * layout.headDim;
       values.forEach((value, j) => {
-        if (value !== other[j]!) worst = Math.max(worst, Math.abs(value - other[j]!));
+        if (value === other[j]!) return;
+        const rounding = j < numOutputs ? Math.abs(value) * 2 ** -10 + 2 ** -24 : 0;
+        worst = Math.max(worst, Math.abs(value - other[j]!) - rounding);
       });
       expect(worst).toBeLessThan(MAX_ERROR);
     });

@@ -15,10 +15,10 @@ import {
   type History,
   oracleRow,
   outBytes,
+  outFloats,
   Random,
   stored,
   toBytes,
-  toFloats,
   unaligned,
 } from './support.ts';
 
@@ -94,7 +94,9 @@ function makeStep(options: ScenarioOptions, random: Random, requests: Request[],
   const want: StepCase['want'] = [];
   const rowElements = numKvHeads * headDim;
   for (let layer = 0; layer < numLayers; layer++) {
-    const q = random.floats(queries.length * numHeads * headDim, options.amplitude);
+    const q = random
+      .floats(queries.length * numHeads * headDim, options.amplitude)
+      .map((value) => stored(layout, value));
     const k = random.floats(appended.length * rowElements, 1);
     const v = random.floats(appended.length * rowElements, 1);
     appended.forEach(({ request, position }, row) => {
@@ -105,7 +107,7 @@ function makeStep(options: ScenarioOptions, random: Random, requests: Request[],
       };
       request.history.set(position, layers);
     });
-    qkv.push(toBytes([q, k, v], random.integer(0, 7)));
+    qkv.push(toBytes([q, k, v], random.integer(0, 7), layout.kvDtype));
     want.push(
       queries.map(({ request, position }, row) =>
         oracleRow(
@@ -149,7 +151,7 @@ export async function playScenario(
     await Promise.all(qkv.map((bytes, layer) => attend(kernel, step, layer, bytes, outs[layer]!)));
     kernel.endStep(step);
     outs.forEach((bytes, layer) => {
-      const got = toFloats(bytes);
+      const got = outFloats(layout, bytes);
       outputs.push(got);
       want[layer]!.forEach((row, index) => {
         const worst = compareRow(got, index, plan.numQueryRows, layout, row);

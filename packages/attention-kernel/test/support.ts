@@ -5,7 +5,7 @@
  * 1. The oracle keeps KV per request and position and knows nothing of blocks, slots, tiles or running maxima.
  * 2. Everything random comes from the seed.
  */
-import { float16BitsToFloat32, float32ToFloat16Bits, type KvLayout } from '@lamina/tensor';
+import { elementBytes, float16BitsToFloat32, float32ToFloat16Bits, type KvDtype, type KvLayout } from '@lamina/tensor';
 import { createKernel } from '../src/create-kernel.ts';
 import type { AttentionKernel, KernelStep, SimdVariant, StepPlan } from '../src/kernel.ts';
 import { loadNativeAddon } from '../src/native-addon.ts';
@@ -75,25 +75,40 @@ export function unaligned(length: number, offset = 3): Uint8Array {
   return new Uint8Array(new ArrayBuffer(length + 16), offset, length);
 }
 
-export function toBytes(parts: readonly Float32Array[], offset = 1): Uint8Array {
+/** q, k and v as a kernel of this dtype takes them. */
+export function toBytes(parts: readonly Float32Array[], offset = 1, dtype: KvDtype = 'f32'): Uint8Array {
+  const elements = parts.map((part) => (dtype === 'f32' ? part : Uint16Array.from(part, float32ToFloat16Bits)));
   const bytes = unaligned(
-    parts.reduce((sum, part) => sum + part.byteLength, 0),
+    elements.reduce((sum, part) => sum + part.byteLength, 0),
     offset,
   );
   let at = 0;
-  for (const part of parts) {
+  for (const part of elements) {
     bytes.set(new Uint8Array(part.buffer, part.byteOffset, part.byteLength), at);
     at += part.byteLength;
   }
   return bytes;
 }
 
+/** o and lse of a float32 kernel. */
 export function toFloats(bytes: Uint8Array): Float32Array {
   return new Float32Array(bytes.slice().buffer);
 }
 
+/** o and lse of any kernel. */
+export function outFloats(layout: KvLayout, bytes: Uint8Array): Float32Array {
+  if (layout.kvDtype === 'f32') return toFloats(bytes);
+  const numCells = bytes.length / (2 * layout.headDim + 4);
+  const outputBytes = 2 * numCells * layout.headDim;
+  const outputs = new Uint16Array(bytes.slice(0, outputBytes).buffer);
+  const floats = new Float32Array(outputs.length + numCells);
+  floats.set(Float32Array.from(outputs, float16BitsToFloat32));
+  floats.set(toFloats(bytes.subarray(outputBytes)), outputs.length);
+  return floats;
+}
+
 export function outBytes(layout: KvLayout, numQueryRows: number): number {
-  return 4 * numQueryRows * layout.numHeads * (layout.headDim + 1);
+  return numQueryRows * layout.numHeads * (elementBytes(layout.kvDtype) * layout.headDim + 4);
 }
 
 export function attend(
@@ -108,7 +123,7 @@ export function attend(
   );
 }
 
-/** A value as the slab gives it back. */
+/** A value as the kernel gets it, and as the slab gives it back. */
 export function stored(layout: KvLayout, value: number): number {
   return layout.kvDtype === 'f16' ? float16BitsToFloat32(float32ToFloat16Bits(value)) : Math.fround(value);
 }
@@ -154,7 +169,7 @@ export function oracleRow(
 }
 
 export interface Comparison {
-  /** Largest |got - want| over outputs, relative to the largest |v| (1 here). */
+  /** Largest |got - want| over outputs, relative to the largest |v| (1 here), besides the rounding to float16. */
   readonly output: number;
   /** Largest |got - want| over log-sum-exps, relative to max(1, |want|). */
   readonly lse: number;
@@ -171,7 +186,10 @@ export function compareRow(
   let output = 0;
   let lse = 0;
   for (let i = 0; i < numHeads * headDim; i++) {
-    const error = Math.abs(got[row * numHeads * headDim + i]! - want.o[i]!);
+    const expected = want.o[i]!;
+    // Half of the distance to the next float16, relative and of the subnormal ones.
+    const rounding = layout.kvDtype === 'f16' ? Math.abs(expected) * 2 ** -11 + 2 ** -25 : 0;
+    const error = Math.max(0, Math.abs(got[row * numHeads * headDim + i]! - expected) - rounding);
     if (!(error <= output)) output = error;
   }
   for (let head = 0; head < numHeads; head++) {

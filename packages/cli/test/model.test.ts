@@ -62,9 +62,9 @@ describe('the minimum interconnect bandwidth', () => {
       mtimeMs: 30,
       atimeMs: 50,
     });
-    // G = 8, e = 4, d = 8192: 2.25 * 4 * 8192 * 100 * 80 bytes in 0.2 * 80 ms
-    expect(net.bytesPerStep).toBe(589_824_000);
-    expect(net.minBytesPerSecond).toBeCloseTo(589_824_000 / 0.016, -3);
+    // G = 8, e = 2, d = 8192: 2.25 * 2 * 8192 * 100 * 80 bytes in 0.2 * 80 ms
+    expect(net.bytesPerStep).toBe(294_912_000);
+    expect(net.minBytesPerSecond).toBeCloseTo(294_912_000 / 0.016, -3);
     expect([net.mtimeMs.origin, net.atimeMs.origin, net.alpha.origin]).toEqual(['given', 'given', 'assumed']);
   });
 
@@ -92,10 +92,10 @@ describe('lamina model inspect', () => {
       model.vocabSize * model.hiddenSize,
     );
     expect(model.cutEdges.map(({ name, bytesPerToken }) => [name, bytesPerToken])).toEqual([
-      ['query', 512],
-      ['key', 256],
-      ['value', 256],
-      ['attention', 512],
+      ['query', 256],
+      ['key', 128],
+      ['value', 128],
+      ['attention', 256],
       ['hidden', 512],
     ]);
     expect(model.kvBytesPerToken).toEqual({ f16: 1536, f32: 3072 });

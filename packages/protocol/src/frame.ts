@@ -19,7 +19,7 @@ import { LIMITS } from './limits.ts';
 
 export const FRAME_HEADER_BYTES = 32;
 const MAGIC = 0x314d414c;
-const VERSION = 2;
+const VERSION = 3;
 const CHECKSUM_OFFSET = 28;
 const COVERS_BODY = 0x80;
 

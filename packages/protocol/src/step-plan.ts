@@ -7,7 +7,7 @@
  * 1. The plan names everything that the per-layer messages of its step need; those carry tensors only.
  * 2. A shard keeps no table between steps: the plan lists every block it is to read.
  */
-import { LaminaError } from '@lamina/tensor';
+import { elementBytes, type KvLayout, LaminaError } from '@lamina/tensor';
 import { FRAME_HEADER_BYTES } from './frame.ts';
 import { LIMITS } from './limits.ts';
 
@@ -28,19 +28,20 @@ export interface StepPlan {
   readonly kvSlots: Int32Array;
 }
 
-/** Bytes of q, k and v of one layer: [numQueryRows, numHeads, headDim], then k and v [numKvRows, numKvHeads, headDim], float32. */
+/** What the sizes of tensors on the wire depend on. */
+export type TensorLayout = Pick<KvLayout, 'numHeads' | 'numKvHeads' | 'headDim' | 'kvDtype'>;
+
+/** Bytes of q, k and v of one layer: [numQueryRows, numHeads, headDim], then k and v [numKvRows, numKvHeads, headDim], kvDtype. */
 export function attendBytes(
   plan: { readonly numQueryRows: number; readonly numKvRows: number },
-  numHeads: number,
-  numKvHeads: number,
-  headDim: number,
+  { numHeads, numKvHeads, headDim, kvDtype }: TensorLayout,
 ): number {
-  return 4 * headDim * (plan.numQueryRows * numHeads + 2 * plan.numKvRows * numKvHeads);
+  return elementBytes(kvDtype) * headDim * (plan.numQueryRows * numHeads + 2 * plan.numKvRows * numKvHeads);
 }
 
-/** Bytes of one layer's reply: o [numQueryRows, numHeads, headDim], then lse [numQueryRows, numHeads], float32. */
-export function partialBytes(numQueryRows: number, numHeads: number, headDim: number): number {
-  return 4 * numQueryRows * numHeads * (headDim + 1);
+/** Bytes of one layer's reply: o [numQueryRows, numHeads, headDim] kvDtype, then lse [numQueryRows, numHeads] float32. */
+export function partialBytes(numQueryRows: number, { numHeads, headDim, kvDtype }: TensorLayout): number {
+  return numQueryRows * numHeads * (elementBytes(kvDtype) * headDim + 4);
 }
 
 /** One message with room for the header in front; whoever sends it writes that. */

@@ -54,7 +54,7 @@ test('a header is read as it was written, at the documented offsets', () => {
   writeFrameHeader(frame, { ...header, bodyBytes: 0x00020110, partOffset: 0x00020100, originId: 0x0b0c0d0e });
   expect(Buffer.from(frame.subarray(0, FRAME_HEADER_BYTES)).toString('hex')).toBe(
     '4c414d31' +
-      '02' +
+      '03' +
       '02' +
       '0201' +
       '06050403' +
@@ -63,7 +63,7 @@ test('a header is read as it was written, at the documented offsets', () => {
       '10010200' +
       '00010200' +
       '0e0d0c0b' +
-      'a5fba5cd',
+      '4cf78d53',
   );
   expect(frame.subarray(FRAME_HEADER_BYTES).every((byte) => byte === 0xff)).toBe(true);
   const read = emptyFrameHeader();

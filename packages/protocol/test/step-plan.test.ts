@@ -88,7 +88,13 @@ test('counts that are negative, over their limit or disagree with the size are r
 });
 
 test('sizes of the layer messages', () => {
-  // q 3 x 4 x 32, k and v 2 x 2 x 32 each; o 3 x 4 x 32 and lse 3 x 4; all float32.
-  expect(attendBytes(PLAN, 4, 2, 32)).toBe(4 * (3 * 4 * 32 + 2 * (2 * 2 * 32)));
-  expect(partialBytes(3, 4, 32)).toBe(4 * (3 * 4 * 32 + 3 * 4));
+  // q 3 x 4 x 32, k and v 2 x 2 x 32 each; o 3 x 4 x 32 and, always float32, lse 3 x 4.
+  for (const [kvDtype, bytes] of [
+    ['f32', 4],
+    ['f16', 2],
+  ] as const) {
+    const layout = { numHeads: 4, numKvHeads: 2, headDim: 32, kvDtype };
+    expect(attendBytes(PLAN, layout)).toBe(bytes * (3 * 4 * 32 + 2 * (2 * 2 * 32)));
+    expect(partialBytes(3, layout)).toBe(bytes * 3 * 4 * 32 + 4 * 3 * 4);
+  }
 });

@@ -310,7 +310,7 @@ export const SETTINGS = {
     fallback: 'f16',
     schema: z.enum(['f16', 'f32']),
     usedBy: ['kv-manager'],
-    meaning: 'How K and V are stored.',
+    meaning: 'How K and V are stored, and q, k, v and the attention travel.',
   }),
   spreadAboveTokens: setting({
     env: 'LAMINA_SPREAD_ABOVE_TOKENS',

@@ -9,8 +9,15 @@
 /** Head sizes that attention shards serve: the kernels work on 8 elements at a time. */
 export const HEAD_DIM_RANGE = { minimum: 8, maximum: 256, multipleOf: 8 } as const;
 
-/** How K and V are stored in a block. The wire is always float32. */
+/**
+ * How K and V are stored in a block, and q, k, v and o travel between executor and shard: what is sent is then as precise
+ * as what is kept, and f16 halves both. Log-sum-exps are float32 always.
+ */
 export type KvDtype = 'f16' | 'f32';
+
+export function elementBytes(dtype: KvDtype): number {
+  return dtype === 'f16' ? 2 : 4;
+}
 
 /** Shape of the attention that a model asks for: head shapes are the same in every layer, the rest may differ. */
 export interface AttentionSpec {
@@ -81,7 +88,7 @@ export function maxWindowTokens(spec: AttentionSpec): number {
 }
 
 export function kvBytesPerToken(layout: KvLayout): number {
-  return layout.numLayers * 2 * layout.numKvHeads * layout.headDim * (layout.kvDtype === 'f16' ? 2 : 4);
+  return layout.numLayers * 2 * layout.numKvHeads * layout.headDim * elementBytes(layout.kvDtype);
 }
 
 /** Bytes of one block: all layers, K and V, all KV heads. */

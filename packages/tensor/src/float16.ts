@@ -46,6 +46,23 @@ export function float16Table(): Float32Array {
   return table;
 }
 
+/** `count` values from `start` on, rounded, to `target` from element `at` on. */
+export function floatsToHalves(
+  source: Float32Array,
+  start: number,
+  count: number,
+  target: Uint16Array,
+  at: number,
+): void {
+  for (let i = 0; i < count; i++) target[at + i] = float32ToFloat16Bits(source[start + i]!);
+}
+
+/** The first `count` float16 of `source`, little-endian at any alignment. */
+export function halvesToFloats(source: Uint8Array, count: number, target: Float32Array): void {
+  const values = float16Table();
+  for (let i = 0; i < count; i++) target[i] = values[source[2 * i]! | (source[2 * i + 1]! << 8)]!;
+}
+
 /** The float32 that bfloat16 `bits` stand for, exactly. */
 export function bfloat16BitsToFloat32(bits: number): number {
   u32[0] = bits << 16;

@@ -3,6 +3,7 @@ export { AttentionGather, applySinks } from './attention-gather.ts';
 export {
   type AttentionSpec,
   blockBytes,
+  elementBytes,
   HEAD_DIM_RANGE,
   type KvDtype,
   type KvLayout,
@@ -19,4 +20,11 @@ export {
   LaminaError,
   type LaminaErrorOptions,
 } from './errors.ts';
-export { bfloat16BitsToFloat32, float16BitsToFloat32, float16Table, float32ToFloat16Bits } from './float16.ts';
+export {
+  bfloat16BitsToFloat32,
+  float16BitsToFloat32,
+  float16Table,
+  float32ToFloat16Bits,
+  floatsToHalves,
+  halvesToFloats,
+} from './float16.ts';

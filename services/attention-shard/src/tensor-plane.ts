@@ -137,13 +137,14 @@ export class TensorPlane {
     step.header.isBodyChecked = header.isBodyChecked;
     step.receivedAtMs = performance.now();
     step.layerInFlight = layer;
+    this.#stats.queueDepth++;
     try {
       this.#kernel.attend(step.kernelStep, layer, body, step.partial, step.onDone);
     } catch (cause) {
+      this.#stats.queueDepth--;
       step.layerInFlight = -1;
       throw cause;
     }
-    this.#stats.queueDepth++;
   }
 
   #finish(step: WaveStep, error: Error | null): void {

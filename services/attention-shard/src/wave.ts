@@ -70,17 +70,16 @@ export class WaveStep {
     memory: WaveMemory,
     onDone: (step: WaveStep, error: Error | null) => void,
   ) {
-    const { numHeads, numKvHeads, headDim } = kernel.layout;
     this.kernelStep = kernel.beginStep(plan);
     this.memory = memory;
     this.stepId = planHeader.stepId;
     this.replySubject = replySubject;
-    this.attendBytes = attendBytes(plan, numHeads, numKvHeads, headDim);
+    this.attendBytes = attendBytes(plan, kernel.layout);
     this.numQueryRows = plan.numQueryRows;
     this.#windowTokens = kernel.layout.windowTokens;
     for (const window of new Set(this.#windowTokens ?? [0])) this.#numKvTokens.set(window, countKvTokens(plan, window));
     this.onDone = (error) => onDone(this, error);
-    const bodyBytes = partialBytes(plan.numQueryRows, numHeads, headDim);
+    const bodyBytes = partialBytes(plan.numQueryRows, kernel.layout);
     this.#answerBytes = FRAME_HEADER_BYTES + bodyBytes;
     Object.assign(this.header, planHeader, { kind: FRAME_KIND.partial, bodyBytes, partOffset: 0 });
   }

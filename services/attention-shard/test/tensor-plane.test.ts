@@ -86,7 +86,7 @@ function setUp() {
   const sendPlan = (overrides: Partial<FrameHeader> = {}, reply: string | undefined = 'worker'): void =>
     plane.onMessage({ data: frame(encodeStepPlan(PLAN), { kind: FRAME_KIND.plan, ...overrides }), reply });
   const sendLayer = (layer: number, overrides: Partial<FrameHeader> = {}): Uint8Array => {
-    const message = new Uint8Array(FRAME_HEADER_BYTES + attendBytes(PLAN, 2, 1, 8));
+    const message = new Uint8Array(FRAME_HEADER_BYTES + attendBytes(PLAN, LAYOUT));
     plane.onMessage({ data: frame(message, { kind: FRAME_KIND.attend, layer, ...overrides }), reply: undefined });
     return message;
   };

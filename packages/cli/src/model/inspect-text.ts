@@ -108,7 +108,7 @@ function describeEdges(edges: readonly CutEdge[]): string {
     `${from} -> ${to}`,
     EDGE_NOTES[name],
   ]);
-  return table([['edge', 'float32', 'way', ''], ...rows], [1]);
+  return table([['edge', 'bytes', 'way', ''], ...rows], [1]);
 }
 
 function describeInterconnect(net: Interconnect): string {
@@ -120,7 +120,7 @@ function describeInterconnect(net: Interconnect): string {
   ];
   const rows = [
     row('G', net.groupSize, 'query heads per KV head'),
-    row('e', net.elementBytes, 'bytes of one element; the wire is float32'),
+    row('e', net.elementBytes, 'bytes of one element on the wire, with f16 KV'),
     row('d', net.queryWidth, 'width of q: heads x head_dim'),
     row('L', net.numLayers, 'layers'),
     row('B', net.batch, 'requests that decode together (--batch)'),

@@ -19,6 +19,7 @@ export interface InspectOptions {
 /** The paper's, in its figure 4. */
 const DEFAULT_ALPHA = 0.2;
 const DEFAULT_CONTEXT = 1024;
+const FLOAT32_BYTES = 4;
 
 export interface CutEdge {
   readonly name: 'query' | 'key' | 'value' | 'attention' | 'hidden';
@@ -98,6 +99,6 @@ function cutEdgesOf({ numHeads, numKvHeads, headDim }: AttentionSpec, hiddenSize
     edge('key', 'executor', 'one shard', numKvHeads * headDim),
     edge('value', 'executor', 'one shard', numKvHeads * headDim),
     edge('attention', 'shards', 'executor', numHeads * headDim),
-    edge('hidden', 'executor', 'executor', hiddenSize),
+    { ...edge('hidden', 'executor', 'executor', hiddenSize), bytesPerToken: hiddenSize * FLOAT32_BYTES },
   ];
 }

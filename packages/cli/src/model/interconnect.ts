@@ -8,13 +8,13 @@
  * dense stages and the attention compute.
  *
  * Invariants
- * 1. G, d, L are the model's; B and l are given; e is 4, the float32 of our wire; alpha is the 0.2 of the paper's figure 4,
- *    and MTIME and ATIME are assumed, until they are given. Every figure says which of these it is.
+ * 1. G, d, L are the model's; B and l are given; e is 2 as in the paper, for q, k, v and the attention travel like the f16 KV that
+ *    is the default (f32 KV needs twice as much); alpha is the 0.2 of the paper's figure 4, and MTIME and ATIME are assumed, until they are given. Every figure says which of these it is.
  * 2. d is the width of q (heads x head_dim). In the paper's models that is the hidden size, in Qwen3 and Gemma it is not.
  */
 import type { AttentionSpec } from '@lamina/tensor';
 
-export const WIRE_BYTES = 4;
+export const WIRE_BYTES = 2;
 
 /** Round figures for one x86 core with AVX2: the KV bandwidth was measured once, the other two are estimates; yours differ. */
 const ASSUMED = {

@@ -182,6 +182,7 @@ export function buildStep(
     positionIds,
     sampledRows: Int32Array.from(sampledRows),
     sampling: Float64Array.from(sampling),
+    kvDtype,
     shards: [...builders.values()].map((builder) => builder.build()),
     self: self.build({ blockSizeTokens, kvDtype }),
   };

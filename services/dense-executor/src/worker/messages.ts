@@ -82,6 +82,8 @@ export interface StepRequest {
   readonly sampledRows: Int32Array<ArrayBuffer>;
   /** [sampledRows.length, SAMPLING_FIELDS] */
   readonly sampling: Float64Array<ArrayBuffer>;
+  /** Of the tensors that travel. */
+  readonly kvDtype: KvDtype;
   readonly shards: readonly ShardPart[];
   readonly self: SelfPart | null;
 }

@@ -6,14 +6,17 @@
  *
  * Invariants
  * 1. Nothing is kept: the memory is scratch of one layer of one step.
- * 2. A chunk begins at a block of its request, and K and V are stored as the shards store them: where a chunk is cut
- *    changes no number by more than the merge does.
+ * 2. A chunk begins at a block of its request, and q, k, v and o are rounded as on the way to a shard and back: where a
+ *    chunk is cut changes no number by more than the merge does.
  * 3. A job of a step that failed ends before its buffers are used again.
  */
 import { type AttentionKernel, createKernel, type KernelStep } from '@lamina/attention-kernel';
-import { type AttentionSpec, asLaminaError } from '@lamina/tensor';
+import { attendBytes, partialBytes } from '@lamina/protocol';
+import { type AttentionSpec, asLaminaError, type KvDtype } from '@lamina/tensor';
 import type { SelfPart } from './messages.ts';
-import { packRows, toRuns } from './row-runs.ts';
+import { PartialRows, packRows, toRuns, type WireElements, wireElements } from './wire-rows.ts';
+
+const NOTHING = new Float32Array(0);
 
 /** Layers that see equally far share scratch memory: the window is all that differs between layers. */
 function scratchLayers(spec: AttentionSpec): { windows: number[]; scratchOf: number[] } {
@@ -23,9 +26,6 @@ function scratchLayers(spec: AttentionSpec): { windows: number[]; scratchOf: num
 }
 
 export class SelfAttention {
-  /** o [rows.length, numHeads, headDim], then lse [rows.length, numHeads]. */
-  output = new Float32Array(0);
-  logSumExp = new Float32Array(0);
   /** Rows of the wave. */
   rows = new Int32Array(0);
   readonly #spec: AttentionSpec;
@@ -35,9 +35,11 @@ export class SelfAttention {
   #kernel: AttentionKernel | undefined;
   #step: KernelStep | undefined;
   #runs = new Int32Array(0);
-  #qkv = new Uint8Array(0);
-  #packed = new Float32Array(0);
-  #partial = new Uint8Array(0);
+  #qkv = new Uint8Array(new ArrayBuffer(0));
+  #packed: WireElements = new Float32Array(0);
+  #out = new Uint8Array(0);
+  #partial: PartialRows | undefined;
+  #dtype: KvDtype | undefined;
   #job: Promise<void> = Promise.resolve();
 
   constructor(spec: AttentionSpec, numThreads: number) {
@@ -46,6 +48,16 @@ export class SelfAttention {
     const { windows, scratchOf } = scratchLayers(spec);
     this.#windows = windows;
     this.#scratchOf = scratchOf;
+  }
+
+  /** [rows.length, numHeads, headDim] float32 */
+  get output(): Float32Array {
+    return this.#partial?.output ?? NOTHING;
+  }
+
+  /** [rows.length, numHeads] float32 */
+  get logSumExp(): Float32Array {
+    return this.#partial?.logSumExp ?? NOTHING;
   }
 
   /**
@@ -60,19 +72,16 @@ export class SelfAttention {
     this.#step = undefined;
     if (ended !== undefined) kernel.endStep(ended);
     this.#step = kernel.beginStep(part.plan);
-    const { numHeads, numKvHeads, headDim } = this.#spec;
-    const numRows = part.rows.length;
     this.#runs = toRuns(part.rows);
-    const numFloats = numRows * (numHeads + 2 * numKvHeads) * headDim;
-    const numOutputs = numRows * numHeads * headDim;
-    const numResults = numOutputs + numRows * numHeads;
-    if (this.#packed.length !== numFloats) {
-      this.#packed = new Float32Array(numFloats);
-      this.#qkv = new Uint8Array(this.#packed.buffer);
-      const results = new Float32Array(numResults);
-      this.#partial = new Uint8Array(results.buffer);
-      this.output = results.subarray(0, numOutputs);
-      this.logSumExp = results.subarray(numOutputs);
+    const numRows = part.rows.length;
+    const layout = { ...this.#spec, kvDtype: part.kvDtype };
+    const qkvBytes = attendBytes({ numQueryRows: numRows, numKvRows: numRows }, layout);
+    if (this.#qkv.length !== qkvBytes || this.#dtype !== part.kvDtype) {
+      this.#dtype = part.kvDtype;
+      this.#qkv = new Uint8Array(qkvBytes);
+      this.#packed = wireElements(part.kvDtype, this.#qkv.buffer, 0);
+      this.#out = new Uint8Array(partialBytes(numRows, layout));
+      this.#partial = new PartialRows(numRows, layout, part.kvDtype);
     }
   }
 
@@ -83,8 +92,15 @@ export class SelfAttention {
     at = packRows(this.#packed, at, key, this.#runs, numKvHeads * headDim);
     packRows(this.#packed, at, value, this.#runs, numKvHeads * headDim);
     this.#job = new Promise((resolve, reject) => {
-      const done = (cause: Error | null): void => (cause === null ? resolve() : reject(asLaminaError(cause)));
-      this.#kernel?.attend(this.#step!, this.#scratchOf[layer]!, this.#qkv, this.#partial, done);
+      const done = (cause: Error | null): void => {
+        if (cause !== null) {
+          reject(asLaminaError(cause));
+          return;
+        }
+        this.#partial?.read(this.#out);
+        resolve();
+      };
+      this.#kernel?.attend(this.#step!, this.#scratchOf[layer]!, this.#qkv, this.#out, done);
     });
     return this.#job;
   }

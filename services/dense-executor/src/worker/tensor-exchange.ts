@@ -21,12 +21,13 @@ import {
   type FrameHeader,
   partialBytes,
   splitFrame,
+  type TensorLayout,
   writeFrameHeader,
 } from '@lamina/protocol';
 import { AttentionGather, applySinks, LaminaError } from '@lamina/tensor';
 import type { KvLease } from '../kv-lease.ts';
 import type { ModelDims, ShardPart, StepRequest } from './messages.ts';
-import { packRows, toRuns } from './row-runs.ts';
+import { PartialRows, packRows, toRuns, type WireElements, wireElements } from './wire-rows.ts';
 
 /** Attention of some rows that was computed here. */
 export interface LocalPartial {
@@ -52,16 +53,14 @@ class ShardLink {
   readonly kvRuns: Int32Array;
   /** Header, then q, k, v. */
   readonly message: Uint8Array;
-  readonly payload: Float32Array;
+  readonly payload: WireElements;
   readonly header: FrameHeader;
-  /** o [numQueryRows, numHeads, headDim], then lse [numQueryRows, numHeads]. */
-  readonly partial: Uint8Array;
-  readonly output: Float32Array;
-  readonly logSumExp: Float32Array;
+  readonly partialBytes: number;
+  readonly partial: PartialRows;
   readonly assembler = new FrameAssembler();
   hasAnswered = false;
 
-  constructor(part: ShardPart, subject: string, header: FrameHeader, dims: ModelDims) {
+  constructor(part: ShardPart, subject: string, header: FrameHeader, layout: TensorLayout) {
     const numQueryRows = part.queryRows.length;
     const numKvRows = part.kvRows.length;
     this.shardId = part.shardId;
@@ -69,14 +68,21 @@ class ShardLink {
     this.rows = part.queryRows;
     this.queryRuns = toRuns(part.queryRows);
     this.kvRuns = toRuns(part.kvRows);
-    const bodyBytes = attendBytes({ numQueryRows, numKvRows }, dims.numHeads, dims.numKvHeads, dims.headDim);
-    this.message = new Uint8Array(FRAME_HEADER_BYTES + bodyBytes);
-    this.payload = new Float32Array(this.message.buffer, FRAME_HEADER_BYTES);
+    const bodyBytes = attendBytes({ numQueryRows, numKvRows }, layout);
+    const message = new ArrayBuffer(FRAME_HEADER_BYTES + bodyBytes);
+    this.message = new Uint8Array(message);
+    this.payload = wireElements(layout.kvDtype, message, FRAME_HEADER_BYTES);
     this.header = { ...header, kind: FRAME_KIND.attend, bodyBytes };
-    const outputFloats = numQueryRows * dims.numHeads * dims.headDim;
-    this.partial = new Uint8Array(partialBytes(numQueryRows, dims.numHeads, dims.headDim));
-    this.output = new Float32Array(this.partial.buffer, 0, outputFloats);
-    this.logSumExp = new Float32Array(this.partial.buffer, outputFloats * 4);
+    this.partialBytes = partialBytes(numQueryRows, layout);
+    this.partial = new PartialRows(numQueryRows, layout, layout.kvDtype);
+  }
+
+  get output(): Float32Array {
+    return this.partial.output;
+  }
+
+  get logSumExp(): Float32Array {
+    return this.partial.logSumExp;
   }
 }
 
@@ -129,8 +135,9 @@ export class TensorExchange {
     this.#leaseTerm = step.leaseTerm;
     this.#layer = -1;
     this.#failure = undefined;
+    const layout = { ...this.#dims, kvDtype: step.kvDtype };
     this.#links = step.shards.map((part, shardIndex) => {
-      const link = new ShardLink(part, subjectOf(part.shardId), { ...header, shardIndex }, this.#dims);
+      const link = new ShardLink(part, subjectOf(part.shardId), { ...header, shardIndex }, layout);
       const planHeader: FrameHeader = {
         ...header,
         shardIndex,
@@ -200,11 +207,11 @@ export class TensorExchange {
     if (header.stepId !== this.#stepId || header.layer !== this.#layer) return false;
     const link = this.#links[header.shardIndex];
     if (link === undefined || link.hasAnswered) return false;
-    if (header.bodyBytes !== link.partial.length) {
+    if (header.bodyBytes !== link.partialBytes) {
       this.fail(
         new LaminaError(
           'protocol_violation',
-          `a shard answers ${header.bodyBytes} bytes where ${link.partial.length} belong`,
+          `a shard answers ${header.bodyBytes} bytes where ${link.partialBytes} belong`,
         ),
         [link.shardId],
       );
@@ -212,7 +219,7 @@ export class TensorExchange {
     }
     const body = link.assembler.push(frame, header);
     if (body === undefined) return true;
-    link.partial.set(body);
+    link.partial.read(body);
     link.hasAnswered = true;
     if (--this.#numUnanswered === 0) {
       this.dispatchedAtMs = Number.NaN;
