@@ -7,7 +7,7 @@
  * 2. A layer of a wave is sent when every shard has answered the one before, as in a real step; waves are independent.
  * 3. Answers are counted, and a layer that a shard refuses ends the measurement.
  */
-import { halfFloats } from '@lamina/attention-kernel';
+import { vectorOps } from '@lamina/attention-kernel';
 import { Bus } from '@lamina/bus';
 import {
   attendBytes,
@@ -189,7 +189,7 @@ export class AttentionDriver {
   /** Sends the plans of a step and its first layer. */
   #begin(wave: Wave, parts: readonly { readonly shardId: string; readonly plan: StepPlan }[]): void {
     const { kvDtype } = this.#layout;
-    const { toHalves } = halfFloats();
+    const { toHalves } = vectorOps();
     wave.links = parts.map(({ shardId, plan }, shardIndex) => {
       const bodyBytes = attendBytes(plan, this.#layout);
       const message = new Uint8Array(FRAME_HEADER_BYTES + bodyBytes);

@@ -165,7 +165,7 @@ test('an end without a token is a message of its own, stored once whoever writes
   for (const message of [token(0), token(1), token(2), end(3)]) executor.push(message);
   await executor.stored();
   await expect(stream.append([end(2)], 'json', 0)).rejects.toMatchObject({ code: 'duplicate_id' });
-  expect(await stored()).toEqual([[0], [1, 2], [3]]);
+  expect(await stored()).toEqual([[0, 1, 2], [3]]);
 });
 
 test('however much waits, a message stays far below what the server takes', async () => {

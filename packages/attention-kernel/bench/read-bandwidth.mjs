@@ -12,9 +12,9 @@
  *    `ratioMedian` the median of the rounds' own ratios.
  */
 import { parseArgs } from 'node:util';
-import { halfFloats } from '../dist/half-floats.js';
 import { loadNativeAddon } from '../dist/native-addon.js';
 import { NativeKernel } from '../dist/native-kernel.js';
+import { vectorOps } from '../dist/vector-ops.js';
 
 const { values } = parseArgs({
   options: {
@@ -57,7 +57,7 @@ function randomBytes(count) {
   const floats = Float32Array.from({ length: count }, () => Math.random() - 0.5);
   if (values.dtype === 'f32') return new Uint8Array(floats.buffer);
   const halves = new Uint16Array(count);
-  halfFloats().toHalves(floats, 0, count, halves, 0);
+  vectorOps().toHalves(floats, 0, count, halves, 0);
   return new Uint8Array(halves.buffer);
 }
 

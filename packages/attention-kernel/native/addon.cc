@@ -330,6 +330,19 @@ napi_value to_floats(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
+/** argmax(values Float32Array): index of the first largest value; -1 when that is not finite or some value is NaN. */
+napi_value argmax(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  if (!read_arguments(env, info, 1, args)) return nullptr;
+  void* values = nullptr;
+  size_t length = 0;
+  if (!read_typed_array(env, args[0], napi_float32_array, &values, &length)) return nullptr;
+  if (length > size_t(INT32_MAX)) return fail(env, "too many values");
+  napi_value index;
+  napi_create_int32(env, fastest_kernel().argmax(static_cast<const float*>(values), int32_t(length)), &index);
+  return index;
+}
+
 /** supportedSimd(): names that `simd` of create may have on this processor, fastest first. */
 napi_value supported_simd(napi_env env, napi_callback_info) {
   napi_value list;
@@ -356,7 +369,8 @@ NAPI_MODULE_INIT() {
                    {"endStep", end_step},     {"close", close},
                    {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read},
                    {"measurePeakFlops", measure_peak_flops},
-                   {"toHalves", to_halves},     {"toFloats", to_floats}};
+                   {"toHalves", to_halves},     {"toFloats", to_floats},
+                   {"argmax", argmax}};
   for (const auto& entry : functions) {
     napi_value function;
     if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||

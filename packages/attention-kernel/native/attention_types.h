@@ -103,6 +103,8 @@ struct SimdKernel {
   void (*to_floats)(const uint16_t* from, float* to, size_t count);
   /** float32 to the nearest float16, ties to even, beyond its range infinity; any count. */
   void (*to_halves)(const float* from, uint16_t* to, size_t count);
+  /** Index of the first largest value; -1 when that is not finite or some value is NaN. */
+  int32_t (*argmax)(const float* values, int32_t count);
   /** Reads every byte (a multiple of 256, 64-byte aligned) and adds it up: the bandwidth that attention is measured against. */
   float (*bare_read)(const uint8_t* bytes, size_t num_bytes);
   /** Floating-point operations of `num_rounds` rounds of register-only multiply-adds: the peak that prefill is measured against. */

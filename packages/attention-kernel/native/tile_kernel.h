@@ -357,6 +357,48 @@ void to_halves(const float* from, uint16_t* to, size_t count) {
 }
 
 template <class V>
+int32_t argmax(const float* values, int32_t count) {
+  using Reg = typename V::Reg;
+  constexpr int32_t kBlock = 1024;
+  constexpr float kLargest = 3.402823466e38f;
+  const Reg largest = V::set1(kLargest);
+  const Reg smallest = V::set1(-kLargest);
+  // A difference from itself is NaN, or 0 of what is finite.
+  Reg poison[2] = {V::zero(), V::zero()};
+  float best = -kLargest;
+  int32_t best_block = -1;
+  for (int32_t begin = 0; begin < count; begin += kBlock) {
+    const int32_t end = begin + kBlock < count ? begin + kBlock : count;
+    Reg top[2] = {smallest, smallest};
+    int32_t i = begin;
+    for (; i + 2 * V::kLanes <= end; i += 2 * V::kLanes)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        const Reg x = V::min(largest, V::max(smallest, V::load(values + i + j * V::kLanes)));
+        poison[j] = V::add(poison[j], V::sub(x, x));
+        top[j] = V::max(x, top[j]);
+      }
+    float maximum = V::reduce_max(V::max(top[0], top[1]));
+    for (; i < end; i++) {
+      if (values[i] != values[i]) return -1;
+      if (values[i] > maximum) maximum = values[i];
+    }
+    if (maximum > best) {
+      best = maximum;
+      best_block = begin;
+    }
+  }
+  float sums[V::kLanes];
+  V::store(sums, V::add(poison[0], poison[1]));
+  for (int j = 0; j < V::kLanes; j++)
+    if (sums[j] != 0.0f) return -1;
+  if (best_block < 0 || best >= kLargest) return -1;
+  int32_t i = best_block;
+  while (values[i] != best) i++;
+  return i;
+}
+
+template <class V>
 float bare_read(const uint8_t* bytes, size_t num_bytes) {
   typename V::Reg sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   const float* at = reinterpret_cast<const float*>(bytes);
@@ -395,6 +437,7 @@ double multiply_add(int64_t num_rounds) {
                              TileKernel<V, float>::attend_tile,                                           \
                              to_floats<V>,                                                                \
                              to_halves<V>,                                                                \
+                             argmax<V>,                                                                   \
                              bare_read<V>,                                                                \
                              multiply_add<V>};
 

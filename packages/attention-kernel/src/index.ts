@@ -1,6 +1,5 @@
 /** Paged attention over KV blocks: one interface, a native and a portable kernel with the same results. */
 export { createKernel } from './create-kernel.ts';
-export { type HalfFloats, halfFloats } from './half-floats.ts';
 export type {
   AttentionKernel,
   CreateKernelOptions,
@@ -9,3 +8,4 @@ export type {
   SimdVariant,
   StepPlan,
 } from './kernel.ts';
+export { type VectorOps, vectorOps } from './vector-ops.ts';

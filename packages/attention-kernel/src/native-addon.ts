@@ -63,6 +63,8 @@ export interface NativeAddon {
   toHalves(source: Float32Array, start: number, count: number, target: Uint16Array, at: number): void;
   /** The first `count` float16 of `source`, at any alignment. */
   toFloats(source: Uint8Array, count: number, target: Float32Array): void;
+  /** Index of the first largest value; -1 when that is not finite or some value is NaN. */
+  argmax(values: Float32Array): number;
 }
 
 const FUNCTION_NAMES = [
@@ -77,6 +79,7 @@ const FUNCTION_NAMES = [
   'measurePeakFlops',
   'toHalves',
   'toFloats',
+  'argmax',
 ] as const satisfies readonly (keyof NativeAddon)[];
 
 function isNativeAddon(module: unknown): module is NativeAddon {

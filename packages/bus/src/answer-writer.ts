@@ -47,7 +47,8 @@ export class AnswerWriter {
   push(message: TokenMessage): void {
     if (this.#isRefused) return;
     this.#waiting.push(message);
-    this.#writing ??= this.#write();
+    // When what pushes is through: the tokens of one pass share a message, and the next pass is started before it.
+    this.#writing ??= Promise.resolve().then(() => this.#write());
   }
 
   /** Resolves when the answer is stored as far as it was pushed, or ended by an error: false when neither could be. */

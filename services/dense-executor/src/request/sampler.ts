@@ -7,7 +7,10 @@
  * 2. Ties are broken towards the lower token id.
  * 3. Scratch memory is reused; a row without filters is not sorted.
  */
+import { vectorOps } from '@lamina/attention-kernel';
 import type { Sampling } from '@lamina/protocol';
+
+const { argmax } = vectorOps();
 
 /** Sampling fields of one row, plus where the row's token stands in its answer. */
 export interface SamplingRow extends Sampling {
@@ -62,18 +65,9 @@ export class Sampler {
 
   /** @param logits [vocabSize] float32 */
   sample(logits: Float32Array, row: SamplingRow): SampledToken {
-    let best = -1;
-    let maximum = Number.NEGATIVE_INFINITY;
-    let allNumbers = true;
-    for (let token = 0; token < logits.length; token++) {
-      const logit = logits[token]!;
-      if (logit > maximum) {
-        maximum = logit;
-        best = token;
-      } else if (!(logit <= maximum)) allNumbers = false;
-    }
-    if (best < 0 || !allNumbers || maximum === Number.POSITIVE_INFINITY)
-      return { token: -1, logprob: Number.NaN, topLogprobs: [] };
+    const best = argmax(logits);
+    if (best < 0) return { token: -1, logprob: Number.NaN, topLogprobs: [] };
+    const maximum = logits[best]!;
     const token = row.temperature === 0 || row.topK === 1 ? best : this.#draw(logits, maximum, row);
     if (row.numLogprobs < 0) return { token, logprob: Number.NaN, topLogprobs: [] };
     return this.#withLogprobs(logits, maximum, token, row.numLogprobs);

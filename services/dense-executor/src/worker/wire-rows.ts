@@ -5,10 +5,10 @@
  * Invariants
  * 1. A row is copied once each way, whatever the dtype.
  */
-import { halfFloats } from '@lamina/attention-kernel';
+import { vectorOps } from '@lamina/attention-kernel';
 import type { KvDtype } from '@lamina/tensor';
 
-const { toHalves, toFloats } = halfFloats();
+const { toHalves, toFloats } = vectorOps();
 
 /** Consecutive rows of the wave that go to consecutive rows of a message: start, length pairs. */
 export function toRuns(rows: Int32Array): Int32Array<ArrayBuffer> {
