@@ -16,7 +16,7 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
   [/xstate|\/request\/(machine|request|layer-cycle)/, 'machine'],
   [/onnxruntime|dense-session/, 'dense'],
   [/sampler/, 'sample'],
-  [/msgpackr|packages\/protocol|packages\/tensor|tensor-exchange/, 'codec'],
+  [/msgpackr|packages\/protocol|packages\/tensor|tensor-exchange|wire-rows/, 'codec'],
   [
     /node_modules\/(nats|nkeys|tweetnacl)|packages\/bus|node:(net|stream|internal\/(stream|net))|node:internal\/streams/,
     'nats',
