@@ -23,17 +23,25 @@ describe('request and reply', () => {
     });
     expect(seen).toEqual([CALL]);
     // Who may only ask must not have the server publish elsewhere for it.
+    const kinds = ['', '.test-service', `.test-service.${server.instanceId}`];
+    const asked = [
+      ENDPOINTS.allocate.subject,
+      SUBJECTS.status(server.instanceId),
+      ...['PING', 'INFO', 'STATS'].flatMap((verb) => kinds.map((kind) => `$SRV.${verb}${kind}`)),
+    ];
     for (const reply of ['lamina.v1.work.x', '$JS.API.STREAM.PURGE.LAMINA_WORK']) {
       const published: string[] = [];
       client.subscribe(reply, (message) => published.push(message.subject));
       errors.length = 0;
-      for (const subject of [ENDPOINTS.allocate.subject, SUBJECTS.status(server.instanceId)])
-        client.publish(subject, packMessage(CALL), reply);
+      for (const subject of asked) client.publish(subject, packMessage(CALL), reply);
       await client.request(ENDPOINTS.allocate, CALL, TIMEOUT);
       expect(published).toEqual([]);
-      expect(errors.map(({ code }) => code)).toEqual(['protocol_violation', 'protocol_violation']);
+      expect(errors).toEqual(asked.map((subject) => ({ code: 'protocol_violation', subject })));
     }
     expect(seen).toHaveLength(3);
+    // And is answered where it listens.
+    for (const subject of asked.slice(2))
+      expect(await client.requestAll(subject, 200), subject).toEqual([expect.any(Uint8Array)]);
   });
 
   test('every error code and its message survive, diagnostics and causes do not', async () => {

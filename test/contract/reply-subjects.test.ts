@@ -8,7 +8,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { writeNatsUsers } from '@lamina/cli';
-import { permissionsOf, STREAMS, SUBJECTS } from '@lamina/protocol';
+import { ENDPOINTS, permissionsOf, SERVICE_NAMES, STREAMS, SUBJECTS } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { connect, type JetStreamManager, type NatsConnection } from 'nats';
 import { afterEach, beforeEach, expect, test } from 'vitest';
@@ -195,4 +195,40 @@ test('a durable-client can neither pull nor acknowledge: both are answered with 
   await operator.flush();
   await settle();
   await expect(manager.streams.info(STREAMS.work.name)).rejects.toThrow(/stream not found/);
+});
+
+test('what a service says of itself goes to no stream and does as no call', async () => {
+  const name = SERVICE_NAMES.gateway;
+  await service.announce({ name, version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
+  await service.flush();
+  const before = await cluster();
+  const kinds = ['', `.${name}`, `.${name}.${service.instanceId}`];
+  const asked = ['PING', 'INFO', 'STATS'].flatMap((verb) => kinds.map((kind) => `$SRV.${verb}${kind}`));
+  const subjects = [SUBJECTS.work('x'), SUBJECTS.tokens('kept'), SUBJECTS.tokens('x'), ...CALLS];
+  for (const subject of asked)
+    for (const reply of subjects) for (const body of ['', '{"batch":1}']) attacker.publish(subject, body, { reply });
+  await settle();
+  expect(await cluster()).toEqual(before);
+  // It answers nevertheless.
+  expect((await attacker.request('$SRV.PING')).json()).toMatchObject({ name, id: service.instanceId });
+});
+
+test('where a service is answered cannot be guessed from what it says of itself', async () => {
+  const manager = await login('kv-manager');
+  const replies: string[] = [];
+  manager.subscribe(ENDPOINTS.kvStatus.subject, { callback: (_, { reply }) => replies.push(reply ?? '') });
+  await manager.flush();
+  await service.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
+  await service.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 100 }).catch(() => undefined);
+  await service.requestAll(ENDPOINTS.kvStatus.subject, 100);
+  await manager.close();
+  expect(replies).toHaveLength(2);
+  // nats.js makes ids, inboxes and request tokens from one sequence, of which the first 12 characters never change.
+  const sequence = service.instanceId.slice(0, 12);
+  for (const reply of replies) {
+    const [inbox, user, secret, ...rest] = reply.split('.');
+    expect([inbox, user]).toEqual(['_INBOX', 'gateway']);
+    expect(secret).toMatch(/^[\w-]{20}$/);
+    expect([secret, rest[0]].map((token) => token?.startsWith(sequence))).toEqual([false, true]);
+  }
 });

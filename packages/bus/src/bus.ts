@@ -4,15 +4,13 @@
  * Invariants
  * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
  * 2. Replies are `{ok: ...}` or `{error: {code, message}}`, so an error code survives the hop.
- * 3. A caller of an endpoint is not answered on a subject of Lamina or of the server: who may only ask could otherwise have
- *    this process publish there.
+ * 3. A caller of an endpoint or of $SRV is not answered on a subject of Lamina or of the server (`reply-guard.ts`).
  * 4. The tensor plane uses `publish` and `subscribe` only: no schema, no promise, no header.
  */
 import {
   type Endpoint,
   type EventSubject,
   errorBodySchema,
-  inboxPrefixOf,
   packMessage,
   parseMessage,
   SUBJECTS,
@@ -30,7 +28,8 @@ import {
   RequestStrategy,
   type Service,
 } from 'nats';
-import { type BusOptions, connectToNats, type NatsAccess } from './connection.ts';
+import { type BusOptions, connectToNats } from './connection.ts';
+import { guardDiscovery, isForbiddenReply, secretInboxPrefix } from './reply-guard.ts';
 
 /**
  * One received message. `data` is a view at any byte alignment. nats.js never writes to a received chunk again (Node
@@ -77,9 +76,6 @@ const NO_RESPONDERS_STATUS = 503;
 
 const DRAIN_TIMEOUT_MS = 2_000;
 
-/** No caller's inbox: what the server or a service listens to. */
-const SYSTEM_SUBJECT = /^(\$|lamina\.)/;
-
 /** Fields are decoded when they are read: the tensor plane reads `data` only, once per layer. */
 class LazyMessage implements BusMessage {
   readonly #message: Msg;
@@ -114,22 +110,21 @@ export function tooLarge(what: string, bus: Bus, cause: unknown): LaminaError {
 export class Bus {
   readonly #connection: NatsConnection;
   readonly #events: BusEvents;
-  readonly #access: NatsAccess | undefined;
+  readonly #inboxPrefix: string | undefined;
   #service: Service | undefined;
 
-  private constructor(connection: NatsConnection, events: BusEvents, access: NatsAccess | undefined) {
+  private constructor(connection: NatsConnection, events: BusEvents, inboxPrefix: string | undefined) {
     this.#connection = connection;
     this.#events = events;
-    this.#access = access;
+    this.#inboxPrefix = inboxPrefix;
+    guardDiscovery(connection, (message) => this.#mayAnswer(message));
   }
 
   /** @throws LaminaError `nats_unreachable` */
   static async connect(options: BusOptions, events: BusEvents): Promise<Bus> {
-    return new Bus(await connectToNats(options), events, options.access);
-  }
-
-  get #inboxPrefix(): string | undefined {
-    return this.#access?.passwordFile === undefined ? undefined : inboxPrefixOf(this.#access.user);
+    const { access } = options;
+    const inboxPrefix = access?.passwordFile === undefined ? undefined : secretInboxPrefix(access.user);
+    return new Bus(await connectToNats(options, inboxPrefix), events, inboxPrefix);
   }
 
   /** For the JetStream parts of this package. */
@@ -359,9 +354,9 @@ export class Bus {
   }
 
   #mayAnswer({ subject, reply }: Msg): boolean {
-    if (reply === undefined || !SYSTEM_SUBJECT.test(reply)) return true;
+    if (!isForbiddenReply(reply)) return true;
     this.#events.onError(
-      new LaminaError('protocol_violation', `a request asks to be answered on "${reply.slice(0, 80)}"; use an inbox`),
+      new LaminaError('protocol_violation', `a request asks to be answered on "${reply?.slice(0, 80)}"; use an inbox`),
       subject,
     );
     return false;

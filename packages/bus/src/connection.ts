@@ -10,7 +10,6 @@
  */
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
-import { inboxPrefixOf } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 import {
   type ConnectionOptions,
@@ -57,8 +56,11 @@ const PASSING_CODES = new Set([
   'ETIMEDOUT',
 ]);
 
-/** @throws LaminaError `nats_unreachable` */
-export async function connectToNats(options: BusOptions): Promise<NatsConnection> {
+/**
+ * @param inboxPrefix Of the subjects on which its requests are answered; by default that of a connection without a user.
+ * @throws LaminaError `nats_unreachable`
+ */
+export async function connectToNats(options: BusOptions, inboxPrefix: string | undefined): Promise<NatsConnection> {
   const connectionOptions: ConnectionOptions = {
     servers: options.url.split(',').map((server) => server.trim()),
     name: options.name,
@@ -72,6 +74,7 @@ export async function connectToNats(options: BusOptions): Promise<NatsConnection
     // A server that restarts with other passwords refuses us until our file has ours.
     ignoreAuthErrorAbort: true,
     ...accessOptions(options),
+    ...(inboxPrefix !== undefined && { inboxPrefix }),
   };
   const deadlineMs = performance.now() + options.connectTimeoutMs;
   for (;;) {
@@ -94,7 +97,6 @@ function accessOptions({ url, access }: BusOptions): Partial<ConnectionOptions> 
     const { user, passwordFile } = access;
     readPassword(passwordFile, user);
     options.authenticator = usernamePasswordAuthenticator(user, () => readPassword(passwordFile, user));
-    options.inboxPrefix = inboxPrefixOf(user);
   }
   const tls: TlsOptions = {
     ...(access?.tlsCaFile !== undefined && { caFile: readable(access.tlsCaFile) }),
