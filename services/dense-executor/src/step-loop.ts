@@ -19,7 +19,7 @@ import type { SampledToken } from './request/sampler.ts';
 import type { RunningRequests } from './running-requests.ts';
 import type { Scheduler, StepEntry } from './scheduling/scheduler.ts';
 import { buildStep } from './scheduling/step-builder.ts';
-import { NOT_WANTED, type StepDone, type StepFailed } from './worker/messages.ts';
+import { NOT_WANTED, STEP_ID_STRIDE, type StepDone, type StepFailed } from './worker/messages.ts';
 import type { WorkerPool } from './worker-pool.ts';
 
 /** What is asked of the workers here. */
@@ -51,7 +51,7 @@ export class StepLoop {
   /** By wave: its last step was aborted. */
   readonly #wasAborted: boolean[];
   #pool: StepRunner | undefined;
-  #numSteps = 0;
+  #nextStepId = 0;
   #hold: NodeJS.Timeout | undefined;
 
   constructor(options: StepLoopOptions) {
@@ -79,7 +79,8 @@ export class StepLoop {
       const startedMs = performance.now();
       const entries = scheduler.formStep(wave);
       if (entries.length > 0) {
-        const stepId = this.#numSteps++ >>> 0;
+        const stepId = this.#nextStepId;
+        this.#nextStepId = (stepId + STEP_ID_STRIDE) >>> 0;
         const { step, transfer } = buildStep(entries, scheduler, pool.waveOnWorker(wave), stepId, leaseTerm);
         this.#steps[wave] = { stepId, entries, isAborted: false };
         for (const { request } of entries) request.isInStep = true;

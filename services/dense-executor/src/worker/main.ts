@@ -4,6 +4,8 @@
  * Invariants
  * 1. Tensors go from the session to the connection on this thread; no other thread ever sees them.
  * 2. The watch runs only while a step is in flight: an idle worker does nothing.
+ * 3. A step has failed for the executor when what it sent is on the server, or refused by the shards: after that its blocks may
+ *    be given to others.
  */
 import { parentPort, workerData } from 'node:worker_threads';
 import { Bus } from '@lamina/bus';
@@ -23,6 +25,7 @@ import { compileLayerCycle } from '../request/layer-cycle.ts';
 import { DenseSession } from './dense-session.ts';
 import type { FromWorker, StepRequest, ToWorker, WorkerOptions } from './messages.ts';
 import { NativeGuard } from './native-guard.ts';
+import { Retraction } from './retraction.ts';
 import { Wave } from './wave.ts';
 
 const port = parentPort;
@@ -47,6 +50,10 @@ const replySubjectOf = (wave: number | string, shardIndex: number | string): str
 const lease = new KvLease(options.lease);
 let { originId } = options;
 const layerCycle = compileLayerCycle();
+/** A shard is not asked more often to confirm that a step is taken back. */
+const MIN_SILENCE_MS = 1_000;
+/** How soon it is looked again whether the connection is back. */
+const FLUSH_RETRY_MS = 50;
 const waves = Array.from(
   { length: options.numWaves },
   () =>
@@ -62,6 +69,15 @@ const waves = Array.from(
       lease,
     }),
 );
+const retraction = new Retraction({
+  publish: (subject, data, reply) => bus.publish(subject, data, reply),
+  flush: () => bus.flush(),
+  replySubjectOf,
+  onLate: (shardId) => post({ kind: 'late', shardIds: [shardId] }),
+  silenceMs: Math.max(MIN_SILENCE_MS, options.gatherTimeoutMs / 5),
+});
+/** How often the connection was cut. */
+let numCuts = 0;
 
 /** What a shard says went wrong; a failure that cannot be read is one as well. */
 function readFailure(frame: Uint8Array): LaminaError {
@@ -80,6 +96,7 @@ bus.subscribe(replySubjectOf('*', '*'), (message) => {
   if (data.length === 0) {
     const [wave, shardIndex] = message.subject.split('.').slice(-2).map(Number);
     waves[wave!]?.exchange.shardIsGone(shardIndex!);
+    retraction.unheard(wave!, shardIndex!);
     return;
   }
   let damage: LaminaError | undefined;
@@ -93,12 +110,14 @@ bus.subscribe(replySubjectOf('*', '*'), (message) => {
   const wave = waves[header.waveIndex];
   if (header.originId !== originId || wave === undefined) return;
   if (damage !== undefined) wave.exchange.receiveFailure(header, damage);
-  else if (header.kind === FRAME_KIND.partial) wave.exchange.receive(data, header);
-  else if (header.kind === FRAME_KIND.failure) {
+  else if (header.kind === FRAME_KIND.partial) {
+    if (!wave.exchange.receive(data, header)) retraction.receive(header);
+  } else if (header.kind === FRAME_KIND.failure) {
     wave.exchange.receiveFailure(header, readFailure(data));
   }
 });
 bus.onStatus((type) => {
+  if (type === 'disconnect') numCuts++;
   // What was under way may be lost; the KV is not, so the steps are run again.
   if (type !== 'reconnect') return;
   for (const wave of waves) wave.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
@@ -135,14 +154,31 @@ function judgeLate({ exchange }: Wave, dispatchedAtMs: number, waitedMs: number)
   );
 }
 
+/** When all that was published before is on the server, or lost with a connection that was cut. */
+async function flushed(): Promise<void> {
+  while (!bus.isClosed) {
+    try {
+      await bus.flush();
+      return;
+    } catch {
+      await new Promise((resolve) => setTimeout(resolve, FLUSH_RETRY_MS));
+    }
+  }
+}
+
 async function runStep(step: StepRequest): Promise<void> {
   const wave = waves[step.waveIndex];
   if (wave === undefined) throw new LaminaError('internal', `no wave ${step.waveIndex}`);
   numInFlight++;
   watch ??= setInterval(watchGathers, Math.min(WATCH_MS, Math.max(5, options.gatherTimeoutMs / 4)));
+  const numCutsBefore = numCuts;
+  const stepOriginId = originId;
   const result = await wave.run(step);
-  // What this step sent must be on the server before its blocks can be given to others.
-  if (result.kind === 'stepFailed') await bus.flush().catch(() => undefined);
+  if (result.kind === 'stepFailed') {
+    await flushed();
+    // Another origin than the step's: the shards refuse the step's, and its blocks are free when they do.
+    if (numCuts !== numCutsBefore && originId === stepOriginId) await retraction.retract(step, stepOriginId);
+  }
   numInFlight--;
   if (numInFlight === 0) {
     clearInterval(watch);
@@ -153,6 +189,7 @@ async function runStep(step: StepRequest): Promise<void> {
 
 function takeOrigin(newOriginId: number): void {
   originId = newOriginId;
+  retraction.originEnded();
   for (const wave of waves) {
     wave.originId = newOriginId;
     // Its blocks are gone, and shards may refuse it without a word.
@@ -176,6 +213,7 @@ port.on('message', (message: ToWorker) => {
     const { waveIndex, stepId } = message;
     waves[waveIndex]?.exchange.abort(stepId);
   } else {
+    retraction.shardLost(message.shardId);
     for (const wave of waves) {
       if (wave.exchange.usesShard(message.shardId)) {
         wave.exchange.fail(new LaminaError('shard_lost', `${message.shardId} went away`), [message.shardId]);

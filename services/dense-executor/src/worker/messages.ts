@@ -2,7 +2,7 @@
  * Owns what the main thread and the worker threads of one executor tell each other.
  *
  * Invariants
- * 1. A wave has at most one step in flight; stepId grows by one per step of the executor.
+ * 1. A wave has at most one step in flight; stepId grows by STEP_ID_STRIDE per step of the executor.
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
 import type { NatsAccess } from '@lamina/bus';
@@ -67,6 +67,9 @@ export interface SelfPart {
 export const SAMPLING_FIELDS = 8;
 /** In place of a token: the row follows a draft that was wrong. */
 export const NOT_WANTED = -2;
+
+/** Step ids from one step to the next: those between are of the steps that take it back (retraction.ts). */
+export const STEP_ID_STRIDE = 16;
 
 export interface StepRequest {
   readonly kind: 'step';
