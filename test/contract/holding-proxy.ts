@@ -53,6 +53,11 @@ export class HoldingProxy {
     this.#numToPass = numToPass;
   }
 
+  /** Whether a client of that name has come. */
+  hasClient(name: RegExp): boolean {
+    return [...this.#joined].some((joined) => name.test(joined.name));
+  }
+
   /** How often `text` is held back. */
   numHeld(text: string): number {
     const all = this.#held.map(({ chunks }) => Buffer.concat(chunks).toString('latin1')).join('');

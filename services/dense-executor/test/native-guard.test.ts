@@ -12,7 +12,7 @@ const WORKER = `
     const guard = new NativeGuard(workerData.memory, 0);
     const counts = new Int32Array(workerData.counts);
     for (;;) {
-      guard.enter();
+      guard[workerData.enter]();
       counts[1] = 1;
       const endMs = performance.now() + workerData.insideMs;
       while (performance.now() < endMs);
@@ -25,7 +25,7 @@ const WORKER = `
 test('an exit finds a worker outside, and it stays there', async () => {
   const memory = nativeGuardMemory(1);
   const counts = new SharedArrayBuffer(8);
-  const worker = new Worker(WORKER, { eval: true, workerData: { memory, counts, insideMs: 50 } });
+  const worker = new Worker(WORKER, { eval: true, workerData: { memory, counts, insideMs: 50, enter: 'enter' } });
   const seen = new Int32Array(counts);
   while (Atomics.load(seen, 0) < 2) await new Promise((resolve) => setTimeout(resolve, 5));
   keepWorkersOut(memory, 5_000);
@@ -50,4 +50,21 @@ test('an exit does not wait for ever, nor for a worker that is idle', () => {
   guard.leave();
   keepWorkersOut(memory, 60_000);
   expect(performance.now() - startedMs).toBeLessThan(10_000);
+});
+
+test('an exit waits for a load longer than for a layer, and lets none begin after it', async () => {
+  const memory = nativeGuardMemory(1);
+  const counts = new SharedArrayBuffer(8);
+  const worker = new Worker(WORKER, {
+    eval: true,
+    workerData: { memory, counts, insideMs: 300, enter: 'enterLoading' },
+  });
+  const seen = new Int32Array(counts);
+  while (Atomics.load(seen, 0) + Atomics.load(seen, 1) < 1) await new Promise((resolve) => setTimeout(resolve, 5));
+  keepWorkersOut(memory, 10);
+  const numDone = Atomics.load(seen, 0);
+  expect(Atomics.load(seen, 1)).toBe(0);
+  await new Promise((resolve) => setTimeout(resolve, 350));
+  expect([Atomics.load(seen, 0), Atomics.load(seen, 1)]).toEqual([numDone, 0]);
+  await worker.terminate();
 });

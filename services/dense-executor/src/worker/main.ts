@@ -44,7 +44,9 @@ const bus = await Bus.connect(
   },
   { onError: complain },
 );
-const session = await DenseSession.load(options, new NativeGuard(options.nativeGuard, options.workerIndex));
+const guard = new NativeGuard(options.nativeGuard, options.workerIndex);
+guard.enterLoading();
+const session = await DenseSession.load(options, guard).finally(() => guard.leave());
 const replySubjectOf = (wave: number | string, shardIndex: number | string): string =>
   SUBJECTS.workerTensors(options.workerId, wave, shardIndex);
 const lease = new KvLease(options.lease);

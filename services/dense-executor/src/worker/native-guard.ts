@@ -6,22 +6,29 @@
  * 1. A worker says that it goes in before it looks whether the process ends; the process says that it ends before it looks
  *    whether somebody is in: one of the two sees the other.
  * 2. A worker that finds the process ending stays where it is.
+ * 3. A worker that loads its model is waited for however long it takes: the process cannot end before anyway, because Node waits
+ *    for its threads, and a load is one native call.
  */
 
-/** [0]: the process ends. [1 + worker]: that worker is inside. */
+/** [0]: the process ends. [1 + worker]: where that worker is. */
 export type NativeGuardMemory = SharedArrayBuffer;
+
+const OUTSIDE = 0;
+const INSIDE = 1;
+const LOADING = 2;
 
 export function nativeGuardMemory(numWorkers: number): NativeGuardMemory {
   return new SharedArrayBuffer((1 + numWorkers) * Int32Array.BYTES_PER_ELEMENT);
 }
 
-/** Lets no worker in any more and waits until all are out, `timeoutMs` at most. */
+/** Lets no worker in any more and waits until all are out: `timeoutMs` at most for what is no load. */
 export function keepWorkersOut(memory: NativeGuardMemory, timeoutMs: number): void {
   const cells = new Int32Array(memory);
   Atomics.store(cells, 0, 1);
+  for (let worker = 1; worker < cells.length; worker++) Atomics.wait(cells, worker, LOADING);
   const deadlineMs = performance.now() + timeoutMs;
   for (let worker = 1; worker < cells.length; worker++)
-    Atomics.wait(cells, worker, 1, Math.max(0, deadlineMs - performance.now()));
+    Atomics.wait(cells, worker, INSIDE, Math.max(0, deadlineMs - performance.now()));
 }
 
 /** A worker's side. */
@@ -37,19 +44,28 @@ export class NativeGuard {
   }
 
   enter(): void {
+    this.#goIn(INSIDE);
+  }
+
+  /** As `enter`, for the load of a model; nothing else is inside meanwhile. */
+  enterLoading(): void {
+    this.#goIn(LOADING);
+  }
+
+  #goIn(where: number): void {
     this.#numInside++;
-    Atomics.store(this.#cells, this.#cell, 1);
+    Atomics.store(this.#cells, this.#cell, where);
     if (Atomics.load(this.#cells, 0) === 1) this.#stay();
   }
 
   leave(): void {
     if (--this.#numInside > 0) return;
-    Atomics.store(this.#cells, this.#cell, 0);
+    Atomics.store(this.#cells, this.#cell, OUTSIDE);
     Atomics.notify(this.#cells, this.#cell);
   }
 
   #stay(): void {
-    Atomics.store(this.#cells, this.#cell, 0);
+    Atomics.store(this.#cells, this.#cell, OUTSIDE);
     Atomics.notify(this.#cells, this.#cell);
     Atomics.wait(this.#cells, 0, 1);
   }
