@@ -214,6 +214,21 @@ describe('a client that comes back', () => {
     listening.unsubscribe();
   });
 
+  test('only to read, and hangs up, is counted no longer; the request goes on', async () => {
+    const asked = post('/v1/completions', { prompt: 'Hi' }, { headers: { 'Idempotency-Key': 'read' } });
+    const work = await lease();
+    const openRequests = (): number => Object(gateway.running.stats?.()).openRequests;
+    const abort = new AbortController();
+    const { signal } = abort;
+    const readers = [1, 2, 3].map(() => fetch(`${url}/v1/requests/read/events`, { signal }));
+    await eventually(() => (openRequests() === 4 ? true : undefined));
+    abort.abort();
+    for (const reader of readers) await expect(reader).rejects.toThrow();
+    await eventually(() => (openRequests() === 1 ? true : undefined));
+    await answerWith(tokens, work);
+    expect(await (await asked).json()).toMatchObject({ choices: [{ text: 't0t1t2' }] });
+  });
+
   test('to read a durable prompt gets its answer', async () => {
     const { seq } = await bus.connection.jetstream().publish(SUBJECTS.prompts, Buffer.from('Hi'));
     await answerWith(tokens, await lease(), 2);

@@ -111,6 +111,12 @@ export class Gateway {
     return relay;
   }
 
+  /** Who read the answer of a request that is somebody's has gone. */
+  unfollow(relay: Relay): void {
+    relay.stop();
+    this.#leave(relay);
+  }
+
   /** The client has gone: nobody wants the rest, unless it was named and may be asked for again. */
   hangUp(relay: Relay): void {
     if (!relay.isClosed && !this.#named.has(relay)) this.requestCancel(relay.id);

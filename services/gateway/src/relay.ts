@@ -162,6 +162,11 @@ export class Relay {
     this.#deliver([failedEnd(this.id, this.#nextIndex, error)]);
   }
 
+  /** Nobody reads any more: it holds nothing from here on. */
+  stop(): void {
+    this.#close();
+  }
+
   /** Reads the answer from the stream, because messages may have been missed. */
   async repair(): Promise<void> {
     if (this.#phase !== 'open') return;

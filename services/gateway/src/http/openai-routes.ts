@@ -16,7 +16,7 @@ import { type OpenAiRequest, readChatCompletion, readCompletion } from './openai
 
 export interface ApiParts {
   readonly modelId: string;
-  readonly gateway: Pick<Gateway, 'open' | 'follow' | 'hangUp' | 'stateOf' | 'requestCancel'>;
+  readonly gateway: Pick<Gateway, 'open' | 'follow' | 'unfollow' | 'hangUp' | 'stateOf' | 'requestCancel'>;
   readonly access: Access;
 }
 

@@ -45,8 +45,11 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
       ending: () => ['[DONE]'],
     });
     const relay = gateway.follow(requestId, sink, client);
-    reply.raw.once('close', () => gateway.hangUp(relay));
-    await done;
+    try {
+      await done;
+    } finally {
+      gateway.unfollow(relay);
+    }
     return reply;
   });
 
