@@ -46,23 +46,42 @@ describe('PromptLookup', () => {
     expect(lookup.draft(2)).toEqual([4, 50]);
   });
 
-  it('grows while all is accepted, shrinks to what was, and pauses longer each time that nothing was', () => {
-    const lookup = new PromptLookup(Array.from({ length: 100 }, (_, i) => PHRASE[i % PHRASE.length]!));
-    const lengths = [];
-    for (const accepted of [4, 8, 15, 2]) {
-      lengths.push(lookup.draft(99).length);
-      lookup.verified(lengths.at(-1)!, accepted);
-    }
-    expect(lengths).toEqual([4, 8, 15, 15]);
-    expect(lookup.draft(99)).toHaveLength(3);
-    const pauses = [];
-    for (let failure = 0; failure < 9; failure++) {
-      lookup.verified(1, 0);
-      let pause = 0;
-      while (lookup.draft(99).length === 0) pause++;
-      pauses.push(pause);
-    }
-    expect(pauses).toEqual([1, 2, 4, 8, 16, 32, 64, 64, 64]);
+  /** Lengths of the next drafts, of each of which at most `numRight` tokens are accepted. */
+  function draftLengths(lookup: PromptLookup, numSteps: number, numRight: number): number[] {
+    return Array.from({ length: numSteps }, () => {
+      const { length } = lookup.draft(99);
+      if (length > 0) lookup.verified(length, Math.min(length, numRight));
+      return length;
+    });
+  }
+
+  const repeatingLookup = (): PromptLookup =>
+    new PromptLookup(Array.from({ length: 100 }, (_, i) => PHRASE[i % PHRASE.length]!));
+
+  it('drafts as much as what was accepted lately pays for', () => {
+    const lookup = repeatingLookup();
+    expect(draftLengths(lookup, 3, 99)).toEqual([4, 12, 15]);
+    const afterTwoEach = draftLengths(lookup, 40, 2).at(-1)!;
+    expect(afterTwoEach).toBeGreaterThanOrEqual(2);
+    expect(afterTwoEach).toBeLessThanOrEqual(5);
+    expect(draftLengths(lookup, 20, 99).at(-1)).toBe(15);
+  });
+
+  it('drafts one token in sixteen steps once none is accepted, and finds out when that changes', () => {
+    const lookup = repeatingLookup();
+    const lengths = draftLengths(lookup, 200, 0);
+    const firstPause = lengths.indexOf(0);
+    expect(firstPause).toBeLessThan(20);
+    expect(lengths.slice(firstPause).reduce((sum, length) => sum + length, 0)).toBeLessThanOrEqual(200 / 16);
+    const probes = lengths.flatMap((length, i) => (i > firstPause && length > 0 ? [i] : []));
+    expect(probes.slice(1).every((at, i) => at - probes[i]! === 16)).toBe(true);
+    expect(draftLengths(lookup, 40, 99).at(-1)).toBe(15);
+  });
+
+  it('drafts less beside the rows of others, which a longer step would hold up', () => {
+    const lengths = [0, 1, 3, 7].map((numOthers) => repeatingLookup().draft(99, numOthers).length);
+    expect(lengths).toEqual(lengths.toSorted((a, b) => b - a));
+    expect(lengths[3]).toBeLessThan(lengths[0]!);
   });
 
   it('only ever drafts tokens of the text, and no more than the limit', () => {

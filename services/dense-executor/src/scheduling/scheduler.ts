@@ -42,6 +42,15 @@ export interface StepEntry {
 
 const NO_DRAFT: readonly number[] = [];
 
+interface DraftLimit {
+  /** Most guesses of each request that is decoding. */
+  readonly maxTokens: number;
+  /** Requests that are decoding beside each. */
+  readonly numOthers: number;
+}
+
+const NO_DRAFTS: DraftLimit = { maxTokens: 0, numOthers: 0 };
+
 const byUrgency = (a: GenerationRequest, b: GenerationRequest): number =>
   b.item.priority - a.item.priority || a.arrival - b.arrival;
 
@@ -179,10 +188,10 @@ export class Scheduler {
     const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
     let budget = maxBatchedTokens;
     const ordered = wave.some((request) => request.item.priority !== 0) ? [...wave].sort(byUrgency) : wave;
-    const numDraftTokens = this.#draftTokensPerRequest(wave);
+    const drafts = this.#draftLimit(wave);
     for (const request of ordered) {
       if (budget > 0 && request.phase === 'decode')
-        budget -= this.#take(request, 1, entries, Math.min(numDraftTokens, budget - 1));
+        budget -= this.#take(request, 1, entries, { ...drafts, maxTokens: Math.min(drafts.maxTokens, budget - 1) });
     }
     const isForPrompts = this.#isForPrompts;
     if (!isForPrompts) budget = Math.min(budget, this.#chunkLimit.limit(maxBatchedTokens - budget));
@@ -198,25 +207,26 @@ export class Scheduler {
     return entries;
   }
 
-  /** Most guesses that each decoding request of a wave may have in its step. */
-  #draftTokensPerRequest(wave: readonly GenerationRequest[]): number {
-    if (this.#limits.speculation === 'off') return 0;
+  /** Of the next step of a wave. */
+  #draftLimit(wave: readonly GenerationRequest[]): DraftLimit {
+    if (this.#limits.speculation === 'off') return NO_DRAFTS;
     let numDecoding = 0;
     for (const request of wave) if (request.phase === 'decode') numDecoding++;
-    return numDecoding === 0 ? 0 : Math.floor(MAX_SPECULATED_ROWS / numDecoding) - 1;
+    if (numDecoding === 0) return NO_DRAFTS;
+    return { maxTokens: Math.floor(MAX_SPECULATED_ROWS / numDecoding) - 1, numOthers: numDecoding - 1 };
   }
 
-  /** Guesses of a request that is decoding, at most `limit`: none without room, beyond its end or for another rotary table. */
-  #draft(request: GenerationRequest, limit: number, room: number): number[] {
+  /** Guesses of a request that is decoding: none without room, beyond its end or for another rotary table. */
+  #draft(request: GenerationRequest, { maxTokens, numOthers }: DraftLimit, room: number): number[] {
     const { tokens, item, answer } = request;
     if (request.numComputed !== tokens.length - 1) return [];
     const numLeft = item.maxTokens - answer.numTokens - 1;
     const shortTokens = this.shortSequences?.numTokens ?? 0;
     const numShortLeft = tokens.length <= shortTokens ? shortTokens - tokens.length : Number.POSITIVE_INFINITY;
-    const numDraftTokens = Math.min(limit, room - 1, numLeft, numShortLeft);
+    const numDraftTokens = Math.min(maxTokens, room - 1, numLeft, numShortLeft);
     if (numDraftTokens <= 0) return [];
     request.lookup ??= new PromptLookup(tokens);
-    return request.lookup.draft(numDraftTokens);
+    return request.lookup.draft(numDraftTokens, numOthers);
   }
 
   /** At most `limit` tokens of a prompt that goes on, so many that the next chunk begins at a block; `limit` if that is none. */
@@ -227,12 +237,12 @@ export class Scheduler {
   }
 
   /** Returns how many tokens it scheduled. */
-  #take(request: GenerationRequest, limit: number, entries: StepEntry[], maxDraftTokens = 0): number {
+  #take(request: GenerationRequest, limit: number, entries: StepEntry[], drafts = NO_DRAFTS): number {
     if (!request.isRunnable) return 0;
     const room = request.numTableBlocks * this.blockSizeTokens - request.numComputed;
     const numKnownTokens = Math.min(limit, request.tokens.length - request.numComputed, room);
     if (numKnownTokens <= 0) return 0;
-    const draft = maxDraftTokens > 0 ? this.#draft(request, maxDraftTokens, room) : NO_DRAFT;
+    const draft = drafts.maxTokens > 0 ? this.#draft(request, drafts, room) : NO_DRAFT;
     const numTokens = numKnownTokens + draft.length;
     entries.push({ request, start: request.numComputed, numTokens, draft, kvGeneration: request.kvGeneration });
     return numTokens;
