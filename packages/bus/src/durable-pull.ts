@@ -7,9 +7,11 @@
  *
  * Invariants
  * 1. A consumer is made anew only when two looks agree: that the stream has a message from before everything that is not
- *    done; or that it has messages that nobody holds, and that a pull between the looks was given none.
+ *    done; or that it has messages that nobody holds, and that a pull between the looks was given none. Looks at what another
+ *    puller has made anew between them do not agree.
  * 2. A new consumer offers everything that the stream has, also what others hold, and counts deliveries anew: whoever takes a
- *    message finds out by its request's id what was reached, as long as the answer is stored.
+ *    message finds out by its request's id what was reached, as long as the answer is stored. So two pullers that make a
+ *    consumer anew in the same moment lose nothing: what one of them has taken by then is offered once more.
  * 3. The server is asked at most once in LOOK_INTERVAL_MS while messages come, and after each pull that waited in vain. That
  *    it does not answer keeps nobody from pulling.
  * 4. A consumer whose pullers hold as many messages as they may is in order.
@@ -30,6 +32,8 @@ const CONSUMER_NOT_FOUND_ERROR_CODE = 10014;
 
 /** What there would be to repair, if it stays so. */
 interface Doubt {
+  /** When the consumer was made, by the server: another time is another consumer of the same name. */
+  readonly created: string;
   /** Sequence of the first message of the stream, where the consumer counts it as done. */
   readonly passedOver: number | undefined;
   /** Deliveries so far, where messages are held by nobody. */
@@ -99,19 +103,18 @@ export class DurablePull {
     const { stream, consumer } = this.#queue;
     const manager = await this.#manager();
     // In this order: what is done by the first answer has, on a single server, left the stream by the second.
-    const { ack_floor, delivered, num_ack_pending, config } = await manager.consumers.info(
-      stream,
-      consumer.durable_name,
-    );
+    const info = await manager.consumers.info(stream, consumer.durable_name);
+    const { ack_floor, delivered, num_ack_pending, config, created } = info;
     const { messages, first_seq } = (await manager.streams.info(stream)).state;
-    const former = this.#doubt;
+    const former = this.#doubt?.created === created ? this.#doubt : undefined;
     const passedOver = messages > 0 && first_seq <= ack_floor.stream_seq ? first_seq : undefined;
     const mayDeliver = num_ack_pending < (config.max_ack_pending ?? Number.POSITIVE_INFINITY);
     const isUnheld = wasInVain && mayDeliver && messages > num_ack_pending;
     const numDelivered = isUnheld ? delivered.consumer_seq : undefined;
     const isPassedOver = passedOver !== undefined && passedOver === former?.passedOver;
     const isStuck = numDelivered !== undefined && numDelivered === former?.numDelivered;
-    this.#doubt = passedOver === undefined && numDelivered === undefined ? undefined : { passedOver, numDelivered };
+    const isInDoubt = passedOver !== undefined || numDelivered !== undefined;
+    this.#doubt = isInDoubt ? { created, passedOver, numDelivered } : undefined;
     if (!isPassedOver && !isStuck) return;
     this.#doubt = undefined;
     this.#consumer = undefined;
