@@ -6,7 +6,7 @@
  * 2. An answer that is none is left out; the others are still shown.
  * 3. The event-loop delay is that since the last scrape: a stall at start-up is not shown for ever.
  * 4. The event-loop delay is sampled densely while the process works, and once in WORK_CHECK_MS while it idles: the first
- *    stall after idle time may be seen in part, or not at all.
+ *    stall after idle time may be seen in part, or not at all. The idle time itself is no delay.
  */
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import type { Bus } from '@lamina/bus';
@@ -41,17 +41,29 @@ const WORK_UTILIZATION = 0.01;
 function observeEventLoop(registry: Registry): void {
   const delays = monitorEventLoopDelay({ resolution: EVENT_LOOP_RESOLUTION_MS });
   delays.enable();
+  let isSampled = true;
   let utilization = performance.eventLoopUtilization();
   let checkedAtMs = performance.now();
-  let worstCheckMs = 0;
+  let worstMs = 0;
+  // The histogram holds whole intervals, of which the resolution is none of the delay.
+  const lateMs = (ns: number): number => (delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS));
   setInterval(() => {
     const nowMs = performance.now();
-    worstCheckMs = Math.max(worstCheckMs, nowMs - checkedAtMs - WORK_CHECK_MS);
+    worstMs = Math.max(worstMs, nowMs - checkedAtMs - WORK_CHECK_MS);
     checkedAtMs = nowMs;
     const current = performance.eventLoopUtilization();
-    if (performance.eventLoopUtilization(current, utilization).utilization < WORK_UTILIZATION) delays.disable();
-    else delays.enable();
+    const isAtWork = performance.eventLoopUtilization(current, utilization).utilization >= WORK_UTILIZATION;
     utilization = current;
+    if (isAtWork === isSampled) return;
+    isSampled = isAtWork;
+    if (!isAtWork) {
+      delays.disable();
+      return;
+    }
+    // Else Node would count the time since the last sample before as one interval.
+    worstMs = Math.max(worstMs, lateMs(delays.max));
+    delays.reset();
+    delays.enable();
   }, WORK_CHECK_MS).unref();
   const gauge: Gauge<'quantile'> = new Gauge({
     name: 'lamina_event_loop_delay_seconds',
@@ -59,14 +71,11 @@ function observeEventLoop(registry: Registry): void {
     labelNames: ['quantile'],
     registers: [registry],
     collect: () => {
-      // The histogram holds whole intervals, of which the resolution is none of the delay.
-      const lateMs = (ns: number): number =>
-        delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS);
       gauge.set({ quantile: '0.5' }, lateMs(delays.percentile(50)) / 1e3);
       gauge.set({ quantile: '0.99' }, lateMs(delays.percentile(99)) / 1e3);
-      gauge.set({ quantile: '1' }, Math.max(lateMs(delays.max), worstCheckMs) / 1e3);
+      gauge.set({ quantile: '1' }, Math.max(lateMs(delays.max), worstMs) / 1e3);
       delays.reset();
-      worstCheckMs = 0;
+      worstMs = 0;
     },
   });
 }
