@@ -1,6 +1,8 @@
 /** Owns the command line of the soak: `npm run soak -- [--minutes N] [--seed N] [--json FILE]`. */
 import { parseArgs } from 'node:util';
 
+const COLLECT = new URL('soak-collect.mjs', import.meta.url);
+
 /**
  * @param {readonly string[]} args
  * @returns {{ environment: Record<string, string>, vitestArgs: string[] }}
@@ -19,6 +21,8 @@ export function readSoakArguments(args) {
   if (!/^\d{1,9}$/.test(values.seed)) throw new TypeError(`--seed ${values.seed}: must be a number of up to 9 digits`);
   return {
     environment: {
+      // Inherited by the processes of the cluster.
+      NODE_OPTIONS: `--import ${COLLECT.href}`,
       LAMINA_SOAK_MINUTES: values.minutes,
       LAMINA_SOAK_SEED: values.seed,
       ...(values.json !== undefined && { LAMINA_SOAK_JSON: values.json }),

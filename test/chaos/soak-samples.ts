@@ -5,15 +5,25 @@
  * 1. Every process that runs at some sample is followed from then on, those included that are killed or take the place of
  *    others: what a service does in its first minutes is judged on them.
  * 2. Samples of a process's warm-up are kept and do not count; the warm-up of one that starts during the run is its own.
+ * 3. Growth is that of what a process holds: its memory after a full collection of its heaps, once in COLLECT_EVERY samples.
+ *    V8 lets the heap of a small process rise by 8 MiB and more before it collects all of it, which at the load of a soak
+ *    takes longer than the soak. What is resident in between is shown, and not judged.
  */
 import { readdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { SERVICE_NAMES } from '@lamina/protocol';
 import type { Service } from '@lamina/runtime';
 import type { ChaosCluster } from './chaos-cluster.ts';
+import { sleep } from './workload.ts';
 
 const SERVICES: readonly Service[] = ['gateway', 'kv-manager', 'dense-executor', 'attention-shard'];
 const SCRAPE_TIMEOUT_MS = 5_000;
+const COLLECT_EVERY = 6;
+/** In which every thread has collected its heap. */
+const COLLECT_MS = 2_000;
+/** Of SIGUSR2 in the mask of signals that a process catches. It would end one that does not, and has a meaning for nats-server. */
+const SIGUSR2_BIT = 1n << 11n;
+const NATS_SERVER = 'nats-server';
 /** A process that starts later only loads its model: the machine is warm. */
 const LATE_WARM_UP_MS = 30_000;
 /** One sample is no judgement. */
@@ -23,6 +33,8 @@ const DELAY_LINE = /^lamina_event_loop_delay_seconds\{(.*)\} (\S+)$/gm;
 interface Sample {
   readonly atMs: number;
   readonly residentBytes: number;
+  /** Resident after a full collection; undefined where none was asked for. */
+  heldBytes: number | undefined;
   readonly numFiles: number;
   /** p99 since the sample before; undefined for nats-server, and where the scrape got no answer. */
   readonly loopDelayMs: number | undefined;
@@ -32,14 +44,20 @@ interface Sample {
 export interface ProcessRow {
   readonly name: string;
   readonly numSamples: number;
-  /** From the first of these samples to the last. */
-  readonly spanMs: number;
   readonly residentMiB: { readonly first: number; readonly last: number };
-  /** The line of least squares through the samples: what it rises over their time, in percent of its start. */
-  readonly growthPercent: number;
+  /** After full collections, with the time between the first and the last of them; undefined when there were too few. */
+  readonly held: Held | undefined;
   readonly numFiles: { readonly first: number; readonly last: number };
   /** Of the windows between two samples, each with its p99. */
   readonly loopDelayMs: { readonly median: number; readonly worst: number } | undefined;
+}
+
+export interface Held {
+  readonly spanMs: number;
+  readonly firstMiB: number;
+  readonly lastMiB: number;
+  /** The line of least squares through the samples: what it rises over their time, in percent of its start. */
+  readonly growthPercent: number;
 }
 
 export class Samples {
@@ -47,6 +65,7 @@ export class Samples {
   readonly #startedMs = performance.now();
   readonly #byPid = new Map<number, { readonly name: string; readonly samples: Sample[] }>();
   readonly #storeBytes: number[] = [];
+  #numTaken = 0;
 
   constructor(tested: ChaosCluster) {
     this.#tested = tested;
@@ -57,7 +76,7 @@ export class Samples {
     const { cluster, natsPid } = this.#tested;
     const children = SERVICES.flatMap((service) => cluster.processes(service)).filter((child) => child.isRunning);
     const named = children.flatMap(({ name, pid }): [number, string][] => (pid === undefined ? [] : [[pid, name]]));
-    return new Map(natsPid === undefined ? named : [...named, [natsPid, 'nats-server']]);
+    return new Map(natsPid === undefined ? named : [...named, [natsPid, NATS_SERVER]]);
   }
 
   async take(): Promise<void> {
@@ -68,9 +87,20 @@ export class Samples {
       if (measured === undefined) continue;
       const followed = this.#byPid.get(pid) ?? { name, samples: [] };
       this.#byPid.set(pid, followed);
-      followed.samples.push({ atMs, ...measured, loopDelayMs: delays.get(pid) });
+      followed.samples.push({ atMs, ...measured, heldBytes: undefined, loopDelayMs: delays.get(pid) });
     }
+    if (++this.#numTaken % COLLECT_EVERY === 0) await this.#collect();
     this.#storeBytes.push(bytesUnder(this.#tested.storeDir));
+  }
+
+  /** Lets every process collect its heaps, and notes in its last sample what is resident then. */
+  async #collect(): Promise<void> {
+    const collecting = [...this.#running()].filter(([pid, name]) => name !== NATS_SERVER && isToldToCollect(pid));
+    await sleep(COLLECT_MS);
+    for (const [pid] of collecting) {
+      const last = this.#byPid.get(pid)?.samples.at(-1);
+      if (last !== undefined) last.heldBytes = measure(pid)?.residentBytes;
+    }
   }
 
   /** p99 in ms by process id, as the gateway that lives through the run shows it to Prometheus. */
@@ -105,9 +135,8 @@ export class Samples {
         {
           name,
           numSamples: counted.length,
-          spanMs: last.atMs - first.atMs,
           residentMiB: { first: mebibytes(first.residentBytes), last: mebibytes(last.residentBytes) },
-          growthPercent: growthPercent(counted),
+          held: heldOf(counted),
           numFiles: { first: first.numFiles, last: last.numFiles },
           loopDelayMs:
             delays.length === 0 ? undefined : { median: delays[Math.floor(delays.length / 2)]!, worst: delays.at(-1)! },
@@ -123,19 +152,38 @@ export class Samples {
 
 const mebibytes = (bytes: number): number => Math.round((bytes / 1024 / 1024) * 10) / 10;
 
-function growthPercent(samples: readonly Sample[]): number {
-  const meanMs = samples.reduce((sum, { atMs }) => sum + atMs, 0) / samples.length;
-  const meanBytes = samples.reduce((sum, { residentBytes }) => sum + residentBytes, 0) / samples.length;
+function heldOf(samples: readonly Sample[]): Held | undefined {
+  const points = samples.flatMap(({ atMs, heldBytes }) => (heldBytes === undefined ? [] : [{ atMs, heldBytes }]));
+  const [first, last] = [points[0], points.at(-1)];
+  if (first === undefined || last === undefined || points.length < MIN_SAMPLES) return undefined;
+  const meanMs = points.reduce((sum, { atMs }) => sum + atMs, 0) / points.length;
+  const meanBytes = points.reduce((sum, { heldBytes }) => sum + heldBytes, 0) / points.length;
   let covariance = 0;
   let variance = 0;
-  for (const { atMs, residentBytes } of samples) {
-    covariance += (atMs - meanMs) * (residentBytes - meanBytes);
+  for (const { atMs, heldBytes } of points) {
+    covariance += (atMs - meanMs) * (heldBytes - meanBytes);
     variance += (atMs - meanMs) ** 2;
   }
-  if (variance === 0) return 0;
   const bytesPerMs = covariance / variance;
-  const startBytes = meanBytes + bytesPerMs * (samples[0]!.atMs - meanMs);
-  return ((bytesPerMs * (samples.at(-1)!.atMs - samples[0]!.atMs)) / startBytes) * 100;
+  const startBytes = meanBytes + bytesPerMs * (first.atMs - meanMs);
+  const spanMs = last.atMs - first.atMs;
+  return {
+    spanMs,
+    firstMiB: mebibytes(first.heldBytes),
+    lastMiB: mebibytes(last.heldBytes),
+    growthPercent: ((bytesPerMs * spanMs) / startBytes) * 100,
+  };
+}
+
+/** False for a process that is gone, or that has not loaded soak-collect.mjs yet. */
+function isToldToCollect(pid: number): boolean {
+  try {
+    const caught = /^SigCgt:\s+([0-9a-f]+)$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
+    if (caught === undefined || (BigInt(`0x${caught}`) & SIGUSR2_BIT) === 0n) return false;
+    return process.kill(pid, 'SIGUSR2');
+  } catch {
+    return false;
+  }
 }
 
 /** Undefined when the process is gone. */

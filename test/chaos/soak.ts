@@ -9,7 +9,7 @@ import { afterAll, beforeAll, expect, test } from 'vitest';
 import { ChaosCluster } from './chaos-cluster.ts';
 import { Random } from './random.ts';
 import { Noise } from './soak-noise.ts';
-import { type ProcessRow, Samples } from './soak-samples.ts';
+import { type Held, type ProcessRow, Samples } from './soak-samples.ts';
 import { type Answers, makeRequests, sleep, Workload } from './workload.ts';
 
 const { LAMINA_SOAK_MINUTES, LAMINA_SOAK_SEED, LAMINA_SOAK_JSON } = processEnvironment();
@@ -24,7 +24,7 @@ const CONCURRENCY = 4;
 const NUM_NOISY_CLIENTS = 3;
 const TIMEOUT_MS = DURATION_MS + 300_000;
 
-/** A heap that still finds its size looks like a leak: growth is judged over this time of samples, and printed in any case. */
+/** Over less, growth is printed and not judged. */
 const MIN_JUDGED_MS = 9 * 60_000;
 const MAX_GROWTH_PERCENT = 5;
 /** Connections that are open at a moment differ from those at another. */
@@ -82,13 +82,12 @@ test(
     const isOver = (): boolean => performance.now() > deadlineMs;
     const noise = new Noise(cluster.bus, cluster.httpUrl);
     let numKills = 0;
-    let numGatewayKills = 0;
     const kill = async (): Promise<void> => {
       const service = random.pick(VICTIMS);
       const others = cluster.processes(service).filter((child) => child.isRunning && child !== firsts.get(service));
+      if (service === 'gateway') noise.noteGatewayKill();
       random.pick(others).kill('SIGKILL');
       numKills++;
-      if (service === 'gateway') numGatewayKills++;
       await sleep(random.between(0, 800));
       await cluster.add(service);
     };
@@ -101,16 +100,16 @@ test(
     const processes = samples.rows(WARM_UP_MS);
     const { storeMiB } = samples;
     const done = Object.fromEntries(noise.numDone);
-    const result = { seed, minutes, numKills, ...outcome, noise: done, mistakes: noise.mistakes, storeMiB, processes };
+    const { mistakes, numCutOff } = noise;
+    const result = { seed, minutes, numKills, ...outcome, noise: done, numCutOff, mistakes, storeMiB, processes };
     if (LAMINA_SOAK_JSON !== undefined) writeFileSync(LAMINA_SOAK_JSON, `${JSON.stringify(result, null, 2)}\n`);
     const { lost, doubled, wrong } = outcome;
     console.log(
       `${numKills} kills, ${outcome.requests} durable requests: lost ${lost}, doubled ${doubled}, wrong ${wrong}\n` +
-        `others: ${JSON.stringify(done)}, ${noise.numUnanswered} unanswered\nJetStream store: ${storeMiB.first} to ${storeMiB.last} MiB\n${tableOf(processes)}`,
+        `others: ${JSON.stringify(done)}, ${noise.numCutOff} cut off with their gateway and asked again\nJetStream store: ${storeMiB.first} to ${storeMiB.last} MiB\n${tableOf(processes)}`,
     );
     expect({ lost, doubled, wrong }).toEqual({ lost: 0, doubled: 0, wrong: 0 });
-    expect(noise.mistakes).toEqual([]);
-    expect(noise.numUnanswered).toBeLessThanOrEqual(numGatewayKills * NUM_NOISY_CLIENTS);
+    expect(mistakes).toEqual([]);
     expect(storeMiB.last).toBeLessThan(MAX_STORE_MIB);
     await expectNothingWaits();
     expect(problemsOf(processes)).toEqual([]);
@@ -133,32 +132,35 @@ async function expectNothingWaits(): Promise<void> {
 }
 
 function problemsOf(processes: readonly ProcessRow[]): string[] {
-  const isLongEnough = (spanMs: number): boolean => spanMs >= MIN_JUDGED_MS;
-  const isGrowthJudged = processes.some(({ spanMs }) => isLongEnough(spanMs));
-  if (!isGrowthJudged)
-    console.log(`memory is judged of processes with ${MIN_JUDGED_MS / 60_000} min of samples; none has them`);
-  return processes.flatMap(({ name, spanMs, growthPercent, numFiles, loopDelayMs }) => {
+  const isLongEnough = (held: Held | undefined): held is Held => held !== undefined && held.spanMs >= MIN_JUDGED_MS;
+  const isJudged = processes.some(({ held }) => isLongEnough(held));
+  if (!isJudged) console.log(`memory is judged over ${MIN_JUDGED_MS / 60_000} min of collections; no process has them`);
+  const mustBeJudged = DURATION_MS - WARM_UP_MS > MIN_JUDGED_MS + 60_000;
+  const unjudged = mustBeJudged && !isJudged ? ['no process collected its heaps: `npm run soak` starts them so'] : [];
+  const found = processes.flatMap(({ name, held, numFiles, loopDelayMs }) => {
     const problems: string[] = [];
-    // The index of what a server keeps grows until the token stream reaches its limits: an hour, 512 MiB.
-    const isJudged = isLongEnough(spanMs) && name !== 'nats-server';
-    if (isJudged && growthPercent > MAX_GROWTH_PERCENT) problems.push(`${name} grew by ${growthPercent.toFixed(1)} %`);
+    if (isLongEnough(held) && held.growthPercent > MAX_GROWTH_PERCENT)
+      problems.push(`${name} grew by ${held.growthPercent.toFixed(1)} %`);
     if (numFiles.last - numFiles.first > MAX_MORE_FILES) problems.push(`${name} has ${numFiles.last} files open`);
     if (loopDelayMs !== undefined && loopDelayMs.median >= MAX_LOOP_DELAY_MS)
       problems.push(`${name}: event-loop delay p99 is ${loopDelayMs.median.toFixed(0)} ms`);
     return problems;
   });
+  return [...unjudged, ...found];
 }
 
 function tableOf(processes: readonly ProcessRow[]): string {
-  const rows = processes.map(({ name, numSamples, residentMiB, growthPercent, numFiles, loopDelayMs }) => {
+  const rows = processes.map(({ name, numSamples, residentMiB, held, numFiles, loopDelayMs }) => {
     const delays =
       loopDelayMs === undefined ? '-' : `${loopDelayMs.median.toFixed(1)} / ${loopDelayMs.worst.toFixed(1)}`;
     const memory = `${residentMiB.first} to ${residentMiB.last}`;
-    return `| ${[name, numSamples, memory, growthPercent.toFixed(1), `${numFiles.first} to ${numFiles.last}`, delays].join(' | ')} |`;
+    const collected = held === undefined ? '-' : `${held.firstMiB} to ${held.lastMiB}`;
+    const growth = held === undefined ? '-' : held.growthPercent.toFixed(1);
+    return `| ${[name, numSamples, memory, collected, growth, `${numFiles.first} to ${numFiles.last}`, delays].join(' | ')} |`;
   });
   return [
-    '| process | samples | resident MiB | growth % | open files | event-loop delay p99 of 10 s, ms: median / worst |',
-    '|---|---|---|---|---|---|',
+    '| process | samples | resident MiB | after a full collection | growth of that % | open files | event-loop delay p99 of 10 s, ms: median / worst |',
+    '|---|---|---|---|---|---|---|',
     ...rows,
   ].join('\n');
 }
