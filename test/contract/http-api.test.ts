@@ -249,6 +249,20 @@ describe('a request is cancelled', () => {
     expect((await dropEnded(queue, tokens)).finish_reason).toBe('cancelled');
   });
 
+  test('by a reader who then hangs up, though no executor has it', async () => {
+    const { seq } = await bus.connection.jetstream().publish(SUBJECTS.prompts, Buffer.from('Hi'));
+    await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));
+    const abort = new AbortController();
+    const reading = fetch(`${url}/v1/requests/p${seq}/events`, { signal: abort.signal });
+    await eventually(() => (Object(gateway.running.stats?.()).openRequests === 1 ? true : undefined));
+    const cancelled = await fetch(`${url}/v1/requests/p${seq}`, { method: 'DELETE' });
+    expect(cancelled.status).toBe(202);
+    abort.abort();
+    await expect(reading).rejects.toThrow();
+    await eventually(async () => ((await tokens.stored(`p${seq}`)).lastSequence > 0 ? true : undefined));
+    expect(await dropEnded(queue, tokens)).toMatchObject({ id: `p${seq}`, finish_reason: 'cancelled' });
+  });
+
   test('by DELETE', async () => {
     const asked = post('/v1/completions', { prompt: 'Hi' }, { headers: { 'Idempotency-Key': 'deleted' } });
     await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));

@@ -2,8 +2,8 @@
 // only caller and has checked every index, length and layer; what is checked here is what would corrupt memory.
 //
 // Invariants
-// 1. Buffers of an attend stay alive because the caller keeps them until `onDone(id)`; the thread-safe function's
-//    callback holds the caller.
+// 1. Buffers of an attend stay alive because the caller keeps them until `onDone(id)`, if it is not done when it returns; the
+//    thread-safe function's callback holds the caller.
 // 2. The thread-safe function keeps the process alive only while attends are in flight.
 // 3. No worker outlives the environment: the cleanup hook (added after the thread-safe function, so run before its own)
 //    joins them. After that every call throws.

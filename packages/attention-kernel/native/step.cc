@@ -12,10 +12,12 @@ static constexpr int64_t kStoreUnitElements = 32768;
 static constexpr int64_t kUnitsPerThread = 6;
 /** KV tokens of one head for which a thread is woken: some twenty microseconds of fp16 with head_dim 64. */
 static constexpr int64_t kMinWorkerTokens = 1024;
-/** Elements of KV times query rows: what one thread does in the time of some two wake-ups. */
+/** Multiply-adds of a product: what one thread does in the time of some two wake-ups. */
 static constexpr int64_t kBriefWork = 1 << 20;
 /** Below so many query rows memory is what takes the time. */
 static constexpr int64_t kMemoryBoundRows = 4;
+/** What a query row costs that sees nothing, in tokens that it would see. */
+static constexpr int64_t kRowTokens = 16;
 /** A block range is never cut shorter than this; a merge must stay cheap beside it. */
 static constexpr int64_t kMinUnitTokens = 512;
 
@@ -44,7 +46,8 @@ static size_t divide(Division& division, const Step& step, const KvShape& shape,
                                          segment.first_position, window_tokens, bs);
     const int64_t kv_tokens = int64_t(segment.num_blocks - hidden) * bs * shape.num_kv_heads;
     total_tokens += tiles * kv_tokens;
-    work += std::max(kMemoryBoundRows, int64_t(segment.num_queries) * group_size) * kv_tokens * shape.head_dim;
+    const int64_t rows = int64_t(segment.num_queries) * group_size;
+    work += (std::max(kMemoryBoundRows, rows) * kv_tokens + rows * kRowTokens * shape.num_kv_heads) * shape.head_dim;
   }
   int64_t unit_blocks = INT32_MAX;
   if (num_threads > 1)

@@ -380,10 +380,10 @@ int32_t argmax(const float* values, int32_t count) {
       }
     float maximum = V::reduce_max(V::max(top[0], top[1]));
     for (; i < end; i++) {
-      if (values[i] != values[i]) return -1;
+      if (values[i] != values[i] || values[i] > kLargest) return -1;
       if (values[i] > maximum) maximum = values[i];
     }
-    if (maximum > best) {
+    if (best_block < 0 || maximum > best) {
       best = maximum;
       best_block = begin;
     }
@@ -392,10 +392,13 @@ int32_t argmax(const float* values, int32_t count) {
   V::store(sums, V::add(poison[0], poison[1]));
   for (int j = 0; j < V::kLanes; j++)
     if (sums[j] != 0.0f) return -1;
-  if (best_block < 0 || best >= kLargest) return -1;
-  int32_t i = best_block;
-  while (values[i] != best) i++;
-  return i;
+  // An infinity was counted as the largest, or the smallest, finite value.
+  if (best >= kLargest)
+    for (int32_t i = 0; i < count; i++)
+      if (values[i] > kLargest) return -1;
+  for (int32_t i = best_block; i >= 0 && i < count; i++)
+    if (values[i] == best) return i;
+  return -1;
 }
 
 template <class V>

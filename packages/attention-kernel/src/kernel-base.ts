@@ -108,7 +108,7 @@ export abstract class KernelBase<State> implements AttentionKernel {
     return this.#closing;
   }
 
-  /** To be called on the event loop, once per start() that returned false. */
+  /** On the event loop, once per start(): by attend() when that returned true, else by the subclass. */
   protected finish(id: number, error: Error | null): void {
     const pending = this.#pending.get(id);
     if (pending === undefined) throw new LaminaError('internal', `attend ${id} finished twice`);

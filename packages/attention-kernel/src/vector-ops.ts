@@ -2,7 +2,7 @@
  * Owns what is done to long rows of numbers besides attention, by the native addon where there is one.
  *
  * Invariants
- * 1. Native and portable give the same bits.
+ * 1. Native and portable give the same bits, but for which NaN becomes of a NaN.
  */
 import { floatsToHalves, halvesToFloats } from '@lamina/tensor';
 import { loadNativeAddon } from './native-addon.ts';

@@ -64,3 +64,21 @@ test('argmax is the first of the largest, or -1', () => {
     }
   }
 });
+
+test('argmax of the largest and smallest finite values beside infinities', () => {
+  const { argmax } = vectorOps();
+  const most = 3.4028234663852886e38;
+  for (const length of [3, 40, 3000]) {
+    for (const [fill, at, value] of [
+      [1, length - 1, most],
+      [-most, 0, -most],
+      [Number.NEGATIVE_INFINITY, length - 1, -most],
+      [most, length - 1, Number.POSITIVE_INFINITY],
+      [-most, length >> 1, Number.NEGATIVE_INFINITY],
+    ] as const) {
+      const values = new Float32Array(length).fill(fill);
+      values[at] = value;
+      expect(argmax(values), `${length} times ${fill}, ${value} at ${at}`).toBe(plainArgmax(values));
+    }
+  }
+});

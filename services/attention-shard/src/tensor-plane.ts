@@ -141,8 +141,11 @@ export class TensorPlane {
     try {
       this.#kernel.attend(step.kernelStep, layer, body, step.partial, step.onDone);
     } catch (cause) {
-      this.#stats.queueDepth--;
-      step.layerInFlight = -1;
+      // Brief attention has ended by now, and it is its answer that could not be published.
+      if (step.layerInFlight === layer) {
+        this.#stats.queueDepth--;
+        step.layerInFlight = -1;
+      }
       throw cause;
     }
   }

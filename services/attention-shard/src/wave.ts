@@ -5,7 +5,8 @@
  * 1. A wave has at most one layer in flight, so one memory serves all layers of a step. It is free for the next layer:
  *    nats.js copies what is published in a microtask (several pieces are packed into one chunk before the socket sees
  *    them), and the executor's next message cannot come before the answer to this one has left. While the connection is
- *    down nats.js keeps views instead, but then nothing comes in either.
+ *    down nats.js keeps views instead, but then nothing comes in either. The executor may have given the step up before:
+ *    its next one can then come in the same chunk as the last layer, so steps that follow each other take turns.
  * 2. The memory goes on to the next step only when the last layer of this one has been answered. A step that was
  *    abandoned keeps its memory until its job is done; the next step gets new memory.
  * 3. Nothing is allocated per layer.
@@ -27,12 +28,14 @@ import {
 /** What a step's layers pass through: parts of a message that came split, and the answer with its header in front. */
 export class WaveMemory {
   readonly assembler = new FrameAssembler();
-  #bytes = new Uint8Array(0);
+  readonly #bytes = [new Uint8Array(0), new Uint8Array(0)];
+  #turn = 0;
 
-  /** Memory of `numBytes`, the same from call to call while it is large enough. */
+  /** Memory of `numBytes` for the answers of a step: that of the step before the last one, while it is large enough. */
   answer(numBytes: number): Uint8Array {
-    if (this.#bytes.length < numBytes) this.#bytes = new Uint8Array(numBytes);
-    return this.#bytes.subarray(0, numBytes);
+    this.#turn ^= 1;
+    if (this.#bytes[this.#turn]!.length < numBytes) this.#bytes[this.#turn] = new Uint8Array(numBytes);
+    return this.#bytes[this.#turn]!.subarray(0, numBytes);
   }
 }
 

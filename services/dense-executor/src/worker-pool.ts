@@ -11,7 +11,7 @@ import { randomBytes } from 'node:crypto';
 import { Worker } from 'node:worker_threads';
 import { LaminaError } from '@lamina/tensor';
 import type { FromWorker, StepDone, StepFailed, StepRequest, ToWorker, WorkerOptions } from './worker/messages.ts';
-import { keepWorkersOut, type NativeGuardMemory, nativeGuardMemory } from './worker/native-guard.ts';
+import { keepWorkersOut, type NativeGuardMemory, nativeGuardMemory, workerEnded } from './worker/native-guard.ts';
 
 export interface WorkerPoolOptions {
   readonly numWorkers: number;
@@ -94,7 +94,10 @@ export class WorkerPool {
         if (!this.#isStopping) this.#events.onDeath(error);
       };
       worker.on('error', (cause) => die(toLaminaError(cause)));
-      worker.on('exit', () => die(new LaminaError('internal', 'a worker thread ended')));
+      worker.on('exit', () => {
+        workerEnded(this.#nativeGuard, index);
+        die(new LaminaError('internal', 'a worker thread ended'));
+      });
       worker.on('message', (message: FromWorker) => {
         if (message.kind === 'ready') resolve();
         else if (message.kind === 'complaint') this.#events.onComplaint(new LaminaError(message.code, message.message));

@@ -2,7 +2,7 @@
 import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';
 import { expect, test } from 'vitest';
-import { keepWorkersOut, NativeGuard, nativeGuardMemory } from '../src/worker/native-guard.ts';
+import { keepWorkersOut, NativeGuard, nativeGuardMemory, workerEnded } from '../src/worker/native-guard.ts';
 
 const GUARD = new URL('../dist/worker/native-guard.js', import.meta.url).href;
 /** Goes in for `insideMs` again and again; counts in `counts` how often it has come out. */
@@ -48,6 +48,15 @@ test('an exit does not wait for ever, nor for a worker that is idle', () => {
   keepWorkersOut(memory, 100);
   expect(performance.now() - startedMs).toBeGreaterThanOrEqual(95);
   guard.leave();
+  keepWorkersOut(memory, 60_000);
+  expect(performance.now() - startedMs).toBeLessThan(10_000);
+});
+
+test('an exit does not wait for a worker whose thread ended while it loaded', () => {
+  const memory = nativeGuardMemory(1);
+  new NativeGuard(memory, 0).enterLoading();
+  workerEnded(memory, 0);
+  const startedMs = performance.now();
   keepWorkersOut(memory, 60_000);
   expect(performance.now() - startedMs).toBeLessThan(10_000);
 });

@@ -113,8 +113,9 @@ export class Gateway {
 
   /** Who read the answer of a request that is somebody's has gone. */
   unfollow(relay: Relay): void {
-    relay.stop();
+    const wasCancelling = relay.stop();
     this.#leave(relay);
+    if (wasCancelling && this.#of(relay.id).length === 0) this.#endStrayLater(relay.id);
   }
 
   /** The client has gone: nobody wants the rest, unless it was named and may be asked for again. */
@@ -174,11 +175,15 @@ export class Gateway {
   /** The same message at one gateway of all: sees to a request that nobody waits for and no executor may have. */
   handleStrayCancel(subject: string): void {
     const id = idSchema.safeParse(subject.slice(subject.lastIndexOf('.') + 1));
-    if (!id.success || this.#of(id.data).length > 0) return;
+    if (id.success && this.#of(id.data).length === 0) this.#endStrayLater(id.data);
+  }
+
+  /** If no executor has ended it by then. */
+  #endStrayLater(id: string): void {
     const timer = setTimeout(() => {
       this.#strays.delete(timer);
-      this.#endStray(id.data).catch((cause: unknown) =>
-        this.#parts.log.error({ err: asLaminaError(cause), requestId: id.data }, 'a cancel failed'),
+      this.#endStray(id).catch((cause: unknown) =>
+        this.#parts.log.error({ err: asLaminaError(cause), requestId: id }, 'a cancel failed'),
       );
     }, EXECUTOR_ANSWER_MS);
     this.#strays.add(timer);

@@ -162,9 +162,11 @@ export class Relay {
     this.#deliver([failedEnd(this.id, this.#nextIndex, error)]);
   }
 
-  /** Nobody reads any more: it holds nothing from here on. */
-  stop(): void {
+  /** Nobody reads any more: it holds nothing from here on. Returns whether it was to see to a cancel. */
+  stop(): boolean {
+    const wasCancelling = this.#isCancelling && !this.isClosed;
     this.#close();
+    return wasCancelling;
   }
 
   /** Reads the answer from the stream, because messages may have been missed. */

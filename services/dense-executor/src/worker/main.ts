@@ -80,6 +80,7 @@ const retraction = new Retraction({
 });
 /** How often the connection was cut. */
 let numCuts = 0;
+let isStopping = false;
 
 /** What a shard says went wrong; a failure that cannot be read is one as well. */
 function readFailure(frame: Uint8Array): LaminaError {
@@ -178,8 +179,10 @@ async function runStep(step: StepRequest): Promise<void> {
   const result = await wave.run(step);
   if (result.kind === 'stepFailed') {
     await flushed();
-    // Another origin than the step's: the shards refuse the step's, and its blocks are free when they do.
-    if (numCuts !== numCutsBefore && originId === stepOriginId) await retraction.retract(step, stepOriginId);
+    // Another origin than the step's: the shards refuse the step's, and its blocks are free when they do. When this worker
+    // stops, its executor leaves, and the kv-manager fences its origins.
+    if (numCuts !== numCutsBefore && originId === stepOriginId && !isStopping)
+      await retraction.retract(step, stepOriginId);
   }
   numInFlight--;
   if (numInFlight === 0) {
@@ -200,7 +203,9 @@ function takeOrigin(newOriginId: number): void {
 }
 
 async function stop(): Promise<void> {
+  isStopping = true;
   clearInterval(watch);
+  retraction.originEnded();
   await bus.close();
   await Promise.all(waves.map((wave) => wave.close()));
   await session.release();
@@ -208,6 +213,7 @@ async function stop(): Promise<void> {
 }
 
 port.on('message', (message: ToWorker) => {
+  // A step that can neither end nor be taken back ends the worker, and so the executor: then its origins are fenced.
   if (message.kind === 'step') void runStep(message);
   else if (message.kind === 'origin') takeOrigin(message.originId);
   else if (message.kind === 'stop') void stop();

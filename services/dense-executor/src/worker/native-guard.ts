@@ -6,8 +6,8 @@
  * 1. A worker says that it goes in before it looks whether the process ends; the process says that it ends before it looks
  *    whether somebody is in: one of the two sees the other.
  * 2. A worker that finds the process ending stays where it is.
- * 3. A worker that loads its model is waited for however long it takes: the process cannot end before anyway, because Node waits
- *    for its threads, and a load is one native call.
+ * 3. A worker that loads its model is waited for, minutes if it must be: the process cannot end before anyway, because Node waits
+ *    for its threads, and a load is one native call. One whose thread has ended is outside.
  */
 
 /** [0]: the process ends. [1 + worker]: where that worker is. */
@@ -16,16 +16,23 @@ export type NativeGuardMemory = SharedArrayBuffer;
 const OUTSIDE = 0;
 const INSIDE = 1;
 const LOADING = 2;
+/** Longer than any load; an exit must not wait for ever. */
+const MAX_LOADING_MS = 300_000;
 
 export function nativeGuardMemory(numWorkers: number): NativeGuardMemory {
   return new SharedArrayBuffer((1 + numWorkers) * Int32Array.BYTES_PER_ELEMENT);
+}
+
+/** The worker's thread has ended, wherever it was. */
+export function workerEnded(memory: NativeGuardMemory, workerIndex: number): void {
+  Atomics.store(new Int32Array(memory), 1 + workerIndex, OUTSIDE);
 }
 
 /** Lets no worker in any more and waits until all are out: `timeoutMs` at most for what is no load. */
 export function keepWorkersOut(memory: NativeGuardMemory, timeoutMs: number): void {
   const cells = new Int32Array(memory);
   Atomics.store(cells, 0, 1);
-  for (let worker = 1; worker < cells.length; worker++) Atomics.wait(cells, worker, LOADING);
+  for (let worker = 1; worker < cells.length; worker++) Atomics.wait(cells, worker, LOADING, MAX_LOADING_MS);
   const deadlineMs = performance.now() + timeoutMs;
   for (let worker = 1; worker < cells.length; worker++)
     Atomics.wait(cells, worker, INSIDE, Math.max(0, deadlineMs - performance.now()));

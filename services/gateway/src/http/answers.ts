@@ -49,7 +49,8 @@ export interface EventShapes {
 export function streamAnswer(reply: FastifyReply, { afterIndex, event, ending }: EventShapes): Answering {
   const events = new EventStream(reply);
   const { promise, resolve, reject } = withResolvers<void>();
-  reply.raw.once('close', () => resolve());
+  if (reply.raw.destroyed) resolve();
+  else reply.raw.once('close', () => resolve());
   const sink: AnswerSink = {
     send: (messages, _, isFinal) => {
       for (const message of messages) {
