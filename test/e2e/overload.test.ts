@@ -19,7 +19,8 @@ const NUM_ROUNDS = 3;
 /** The greedy client may have 40 open and asks for 80 at once, half of them each way. */
 const MAX_OPEN_PER_CLIENT = 40;
 const NUM_GREEDY = 80;
-const DEADLINE_MS = 400;
+/** Longer than it takes to ask for all 80, shorter than most of the accepted wait. */
+const DEADLINE_MS = 800;
 /** A deadline in the queue is answered by the gateway, after an executor had its time to do so. */
 const DEADLINE_SLACK_MS = 1_000;
 const MAX_GROWTH_BYTES = 48 * 1024 * 1024;
