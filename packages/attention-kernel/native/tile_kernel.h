@@ -332,28 +332,17 @@ struct TileKernel {
   }
 };
 
-template <class V>
-void to_floats(const uint16_t* from, float* to, size_t count) {
+/** Between float32 and float16, either way. */
+template <class V, class From, class To>
+void convert(const From* from, To* to, size_t count) {
   size_t i = 0;
   for (; i + V::kLanes <= count; i += V::kLanes) V::store(to + i, V::load(from + i));
   if (i == count) return;
-  uint16_t rest[V::kLanes] = {};
-  float floats[V::kLanes];
+  From rest[V::kLanes] = {};
+  To converted[V::kLanes];
   for (size_t j = 0; i + j < count; j++) rest[j] = from[i + j];
-  V::store(floats, V::load(rest));
-  for (size_t j = 0; i + j < count; j++) to[i + j] = floats[j];
-}
-
-template <class V>
-void to_halves(const float* from, uint16_t* to, size_t count) {
-  size_t i = 0;
-  for (; i + V::kLanes <= count; i += V::kLanes) V::store(to + i, V::load(from + i));
-  if (i == count) return;
-  float rest[V::kLanes] = {};
-  uint16_t halves[V::kLanes];
-  for (size_t j = 0; i + j < count; j++) rest[j] = from[i + j];
-  V::store(halves, V::load(rest));
-  for (size_t j = 0; i + j < count; j++) to[i + j] = halves[j];
+  V::store(converted, V::load(rest));
+  for (size_t j = 0; i + j < count; j++) to[i + j] = converted[j];
 }
 
 template <class V>
@@ -438,8 +427,8 @@ double multiply_add(int64_t num_rounds) {
                              V::kLanes,                                                                   \
                              TileKernel<V, V::Half>::attend_tile,                                         \
                              TileKernel<V, float>::attend_tile,                                           \
-                             to_floats<V>,                                                                \
-                             to_halves<V>,                                                                \
+                             convert<V, uint16_t, float>,                                                 \
+                             convert<V, float, uint16_t>,                                                 \
                              argmax<V>,                                                                   \
                              bare_read<V>,                                                                \
                              multiply_add<V>};
