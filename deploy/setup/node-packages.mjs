@@ -78,7 +78,7 @@ export async function buildTypeScript(project = '.') {
 
 /** The kernel's build script knows itself what is current, and does without a compiler if there is none. */
 export async function buildNativeKernel() {
-  const result = await runQuietly(process.execPath, ['packages/attention-kernel/build.mjs']);
+  const result = await runQuietly(process.execPath, ['deploy/native-addons.mjs']);
   if (!result.ok) throw new SetupError(`${result.output}\nThe attention kernel did not build (its output is above).`);
   const line = result.output.trim();
   if (line !== '' && !line.includes('up to date')) say(line);

@@ -1,11 +1,5 @@
-/**
- * Owns the loading of the native addon and the one checked place where it gets a type.
- *
- * Invariants
- * 1. A module without every expected function is not used: an addon of another version falls back like a missing one.
- */
-import { createRequire } from 'node:module';
-import { fileURLToPath } from 'node:url';
+/** Owns what the native addon can do (native/addon.cc). */
+import { type LoadedAddon, loadNativeModule } from '@lamina/tensor';
 
 /** Opaque pointers of the addon. */
 export type NativeKernelHandle = { readonly __nativeKernel: never };
@@ -82,25 +76,7 @@ const FUNCTION_NAMES = [
   'argmax',
 ] as const satisfies readonly (keyof NativeAddon)[];
 
-function isNativeAddon(module: unknown): module is NativeAddon {
-  if (typeof module !== 'object' || module === null) return false;
-  const entries = new Map(Object.entries(module));
-  return FUNCTION_NAMES.every((name) => typeof entries.get(name) === 'function');
-}
-
-export type LoadedAddon = { readonly addon: NativeAddon } | { readonly addon: null; readonly reason: string };
-
 /** Loads build/lamina_attention.node; says why when it cannot. */
-export function loadNativeAddon(): LoadedAddon {
-  const path = fileURLToPath(new URL('../build/lamina_attention.node', import.meta.url));
-  let module: unknown;
-  try {
-    module = createRequire(import.meta.url)(path);
-  } catch (error) {
-    const detail = error instanceof Error ? (error.message.split('\n')[0] ?? '') : String(error);
-    const isMissing = error instanceof Error && 'code' in error && error.code === 'MODULE_NOT_FOUND';
-    return { addon: null, reason: isMissing ? 'the native addon is not built' : `the addon does not load: ${detail}` };
-  }
-  if (!isNativeAddon(module)) return { addon: null, reason: 'the native addon is of another version; build it again' };
-  return { addon: module };
+export function loadNativeAddon(): LoadedAddon<NativeAddon> {
+  return loadNativeModule<NativeAddon>(new URL('../build/lamina_attention.node', import.meta.url), FUNCTION_NAMES);
 }

@@ -5,7 +5,7 @@
  * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
  * 2. Replies are `{ok: ...}` or `{error: {code, message}}`, so an error code survives the hop.
  * 3. A caller of an endpoint or of $SRV is not answered on a subject of Lamina or of the server (`reply-guard.ts`).
- * 4. The tensor plane uses `publish` and `subscribe` only: no schema, no promise, no header.
+ * 4. Tensors do not pass here, unless there is no native link (open-tensor-link.ts).
  */
 import {
   type Endpoint,
@@ -76,7 +76,7 @@ const NO_RESPONDERS_STATUS = 503;
 
 const DRAIN_TIMEOUT_MS = 2_000;
 
-/** Fields are decoded when they are read: the tensor plane reads `data` only, once per layer. */
+/** Fields are decoded when they are read. */
 class LazyMessage implements BusMessage {
   readonly #message: Msg;
 

@@ -40,7 +40,7 @@ export interface BusOptions {
   readonly access?: NatsAccess | undefined;
 }
 
-const RETRY_INTERVAL_MS = 250;
+export const RETRY_INTERVAL_MS = 250;
 /** Failures that may pass: a server that starts, restarts, or whose name is not known yet (a container that starts). */
 const PASSING_CODES = new Set([
   'CONNECTION_REFUSED',
@@ -62,7 +62,7 @@ const PASSING_CODES = new Set([
  */
 export async function connectToNats(options: BusOptions, inboxPrefix: string | undefined): Promise<NatsConnection> {
   const connectionOptions: ConnectionOptions = {
-    servers: options.url.split(',').map((server) => server.trim()),
+    servers: serversOf(options.url),
     name: options.name,
     maxReconnectAttempts: -1,
     reconnectTimeWait: RETRY_INTERVAL_MS,
@@ -103,11 +103,21 @@ function accessOptions({ url, access }: BusOptions): Partial<ConnectionOptions> 
     ...(access?.tlsCertificateFile !== undefined && { certFile: readable(access.tlsCertificateFile) }),
     ...(access?.tlsKeyFile !== undefined && { keyFile: readable(access.tlsKeyFile) }),
   };
-  if (Object.keys(tls).length > 0 || /(^|,)\s*tls:/.test(url)) options.tls = tls;
+  if (wantsTls({ url, access })) options.tls = tls;
   return options;
 }
 
-function readPassword(path: string, user: string): string {
+export function serversOf(url: string): string[] {
+  return url.split(',').map((server) => server.trim());
+}
+
+export function wantsTls({ url, access }: Pick<BusOptions, 'url' | 'access'>): boolean {
+  const files = [access?.tlsCaFile, access?.tlsCertificateFile, access?.tlsKeyFile];
+  return files.some((file) => file !== undefined) || /(^|,)\s*tls:/.test(url);
+}
+
+/** @throws LaminaError `config_invalid` when the file cannot be read. */
+export function readPassword(path: string, user: string): string {
   try {
     const file = statSync(path).isDirectory() ? join(path, user, 'password') : path;
     return readFileSync(file, 'utf8').trim();
@@ -147,7 +157,7 @@ function isRefusal(cause: unknown): boolean {
   return cause instanceof Error && 'code' in cause && typeof cause.code === 'string' && REFUSAL_CODES.has(cause.code);
 }
 
-function refused({ url, access }: BusOptions, cause: unknown): LaminaError {
+export function refused({ url, access }: BusOptions, cause: unknown): LaminaError {
   const who = access?.passwordFile === undefined ? 'a process without a password' : `the user "${access.user}"`;
   return new LaminaError(
     'nats_unreachable',
@@ -156,7 +166,7 @@ function refused({ url, access }: BusOptions, cause: unknown): LaminaError {
   );
 }
 
-function unreachable(url: string, cause: unknown): LaminaError {
+export function unreachable(url: string, cause: unknown): LaminaError {
   return new LaminaError(
     'nats_unreachable',
     `no nats-server answers at ${redactUrl(url)} (${reasonOf(cause)}); start one with "nats-server -js" or set LAMINA_NATS_URL`,

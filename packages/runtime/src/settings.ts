@@ -7,6 +7,7 @@
  * 2. The flag of a setting is its variable without LAMINA_, in kebab case. Units stand in the names.
  */
 import { cpus } from 'node:os';
+import { TENSOR_LINK_KINDS } from '@lamina/bus';
 import { z } from 'zod';
 
 export const SERVICES = ['gateway', 'dense-executor', 'attention-shard', 'kv-manager'] as const;
@@ -268,6 +269,14 @@ export const SETTINGS = {
     schema: integer(10, 600_000),
     usedBy: ['dense-executor'],
     meaning: 'How long one step waits for the attention of a layer before it is given up.',
+  }),
+  tensorLink: setting({
+    env: 'LAMINA_TENSOR_LINK',
+    fallback: 'auto',
+    schema: z.enum(TENSOR_LINK_KINDS),
+    usedBy: ['dense-executor', 'attention-shard'],
+    meaning:
+      'Connection that tensors travel on: `native`, `nats` (nats.js, slower), or `auto`: native unless it is not built or nats-server wants TLS.',
   }),
   tensorChecksum: setting({
     env: 'LAMINA_TENSOR_CHECKSUM',

@@ -28,3 +28,4 @@ export {
   floatsToHalves,
   halvesToFloats,
 } from './float16.ts';
+export { type LoadedAddon, loadNativeModule } from './native-module.ts';

@@ -6,6 +6,7 @@
  * 2. What was addressed to a former life reaches nobody: every life has its own id and so its own subject.
  */
 import { createKernel } from '@lamina/attention-kernel';
+import type { TensorLink } from '@lamina/bus';
 import { SUBJECTS } from '@lamina/protocol';
 import type { ServiceContext } from '@lamina/runtime';
 import { blockBytes, type KvLayout, LaminaError } from '@lamina/tensor';
@@ -13,6 +14,9 @@ import type { ShardStats } from './shard-stats.ts';
 import { TensorPlane } from './tensor-plane.ts';
 
 export type ShardContext = Pick<ServiceContext, 'instanceId' | 'config' | 'bus' | 'log' | 'registry' | 'fail'>;
+
+/** What a life needs besides: tensors do not travel with the rest. */
+export type LifeContext = Pick<ShardContext, 'config' | 'log'> & { readonly link: TensorLink };
 
 export class Incarnation {
   readonly shardId: string;
@@ -23,8 +27,8 @@ export class Incarnation {
   readonly #stopListening: () => void;
 
   /** @throws LaminaError `config_invalid` when the budget holds no block, or the memory cannot be had. */
-  constructor(context: ShardContext, shardId: string, layout: KvLayout, stats: ShardStats) {
-    const { config, bus, log } = context;
+  constructor(context: LifeContext, shardId: string, layout: KvLayout, stats: ShardStats) {
+    const { config, link, log } = context;
     this.shardId = shardId;
     this.layout = layout;
     this.numBlocks = blocksWithin(config.kvBudgetBytes, layout);
@@ -37,11 +41,11 @@ export class Incarnation {
     this.kernelName = kernel.name;
     if (fallbackReason !== null && config.attentionKernel === 'auto')
       log.warn({ reason: fallbackReason }, 'portable attention kernel in use, which is slow: no native one');
-    this.plane = new TensorPlane({ kernel, bus, log, stats });
+    this.plane = new TensorPlane({ kernel, link, log, stats });
     const { plane } = this;
-    const tensors = bus.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
-    const probes = bus.subscribe(SUBJECTS.shardProbe(shardId), ({ reply }) => {
-      if (reply !== undefined) bus.publish(reply, new Uint8Array());
+    const tensors = link.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
+    const probes = link.subscribe(SUBJECTS.shardProbe(shardId), ({ reply }) => {
+      if (reply !== undefined) link.publish(reply, new Uint8Array());
     });
     this.#stopListening = () => {
       tensors.unsubscribe();

@@ -8,10 +8,11 @@
  * 3. A fence is confirmed as soon as it holds: others wait for those blocks. Fences are of one life: the next one has a
  *    subject to which those executors never sent.
  */
+import { openTensorLink } from '@lamina/bus';
 import { ENDPOINTS, type FenceNotice, type ShardHeartbeatReply } from '@lamina/protocol';
-import type { RunningService } from '@lamina/runtime';
+import { natsAccessOf, type RunningService } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, sameKvLayout } from '@lamina/tensor';
-import { Incarnation, type ShardContext } from './incarnation.ts';
+import { Incarnation, type LifeContext, type ShardContext } from './incarnation.ts';
 import { ShardStats } from './shard-stats.ts';
 
 export type { ShardContext } from './incarnation.ts';
@@ -26,7 +27,7 @@ const LEAVE_TIMEOUT_MS = 1000;
 const FENCE_RETRY_MS = 20;
 
 class ShardMember {
-  readonly #context: ShardContext;
+  readonly #context: ShardContext & LifeContext;
   readonly #stats: ShardStats;
   #life: Incarnation | undefined;
   #numLives = 0;
@@ -40,7 +41,7 @@ class ShardMember {
   #timer: NodeJS.Timeout | undefined;
   #beating: Promise<void> = Promise.resolve();
 
-  constructor(context: ShardContext, stats: ShardStats) {
+  constructor(context: ShardContext & LifeContext, stats: ShardStats) {
     this.#context = context;
     this.#stats = stats;
     this.#shardId = context.instanceId;
@@ -160,7 +161,20 @@ class ShardMember {
 
 export async function startAttentionShard(context: ShardContext): Promise<RunningService> {
   const stats = new ShardStats(context.registry);
-  const member = new ShardMember(context, stats);
+  const { config, log, instanceId } = context;
+  const { link, fallbackReason } = await openTensorLink(
+    {
+      url: config.natsUrl,
+      name: `attention-shard ${instanceId} tensors`,
+      connectTimeoutMs: config.natsConnectTimeoutMs,
+      access: natsAccessOf(config, 'attention-shard'),
+    },
+    { onError: (error, subject) => log.error({ err: error, subject }, 'tensor message failed') },
+    config.tensorLink,
+  );
+  if (fallbackReason !== null) log.warn({ reason: fallbackReason }, 'tensors travel over nats.js, which is slow');
+  link.onStatus((status) => log.debug({ status }, 'tensor connection'));
+  const member = new ShardMember({ ...context, link }, stats);
   await member.start();
   return {
     stats: () => ({
@@ -174,6 +188,9 @@ export async function startAttentionShard(context: ShardContext): Promise<Runnin
       attendSeconds: stats.attendSeconds,
       bytesRead: stats.bytesRead,
     }),
-    stop: () => member.stop(),
+    stop: async () => {
+      await member.stop();
+      await link.close();
+    },
   };
 }

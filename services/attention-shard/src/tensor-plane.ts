@@ -11,6 +11,7 @@
  * 5. When `fence` has returned true, nothing of those origins is written to KV any more.
  */
 import type { AttentionKernel } from '@lamina/attention-kernel';
+import type { LinkMessage, TensorLink } from '@lamina/bus';
 import {
   decodeStepPlan,
   emptyFrameHeader,
@@ -29,24 +30,15 @@ import { Origins } from './origins.ts';
 import type { ShardStats } from './shard-stats.ts';
 import { WaveStep } from './wave.ts';
 
-/** What the plane needs of a bus. */
-export interface PlaneBus {
-  readonly maxPayloadBytes: number;
-  publish(subject: string, data: Uint8Array): void;
-}
-
 export interface TensorPlaneOptions {
   readonly kernel: AttentionKernel;
-  readonly bus: PlaneBus;
+  readonly link: Pick<TensorLink, 'publish' | 'maxPayloadBytes'>;
   readonly log: Logger;
   readonly stats: ShardStats;
 }
 
-/** One message as it came: `reply` is read from plans only. */
-export interface PlaneMessage {
-  readonly data: Uint8Array;
-  readonly reply: string | undefined;
-}
+/** One message as it came: `reply` is read from plans only, and held is what the kernel reads later. */
+export type PlaneMessage = Pick<LinkMessage, 'data' | 'reply' | 'hold'>;
 
 const MAX_PLAN_BYTES = 64 * 1024 * 1024;
 const ORIGIN_IDLE_MS = 600_000;
@@ -57,7 +49,7 @@ const LOG_INTERVAL_MS = 1000;
 
 export class TensorPlane {
   readonly #kernel: AttentionKernel;
-  readonly #bus: PlaneBus;
+  readonly #link: TensorPlaneOptions['link'];
   readonly #log: Logger;
   readonly #stats: ShardStats;
   readonly #bytesPerTokenLayer: number;
@@ -72,7 +64,7 @@ export class TensorPlane {
 
   constructor(options: TensorPlaneOptions) {
     this.#kernel = options.kernel;
-    this.#bus = options.bus;
+    this.#link = options.link;
     this.#log = options.log;
     this.#stats = options.stats;
     this.#bytesPerTokenLayer = kvBytesPerToken(options.kernel.layout) / options.kernel.layout.numLayers;
@@ -90,7 +82,7 @@ export class TensorPlane {
     const step = this.#origins.find(header.originId, header.waveIndex);
     try {
       if (this.#isClosing) throw new LaminaError('unavailable', 'this shard gives its memory up');
-      if (header.kind === FRAME_KIND.attend) this.#attend(data, header, step);
+      if (header.kind === FRAME_KIND.attend) this.#attend(message, data, header, step);
       else if (header.kind === FRAME_KIND.plan) this.#plan(data, header, message.reply);
       else throw new LaminaError('protocol_violation', `a shard takes plans and layers, not kind ${header.kind}`);
     } catch (cause) {
@@ -119,7 +111,7 @@ export class TensorPlane {
     this.#origins.clear();
   }
 
-  #attend(frame: Uint8Array, header: FrameHeader, step: WaveStep | undefined): void {
+  #attend(message: PlaneMessage, frame: Uint8Array, header: FrameHeader, step: WaveStep | undefined): void {
     const { layer } = header;
     if (step === undefined || step.stepId !== header.stepId) throw unknownStep(header, step);
     if (layer <= step.layerAnswered) return;
@@ -140,6 +132,8 @@ export class TensorPlane {
     this.#stats.queueDepth++;
     try {
       this.#kernel.attend(step.kernelStep, layer, body, step.partial, step.onDone);
+      // Not brief: the kernel reads it from other threads.
+      if (step.layerInFlight === layer && body.buffer === frame.buffer) step.heldMemory = message.hold();
     } catch (cause) {
       // Brief attention has ended by now, and it is its answer that could not be published.
       if (step.layerInFlight === layer) {
@@ -216,9 +210,10 @@ export class TensorPlane {
   }
 
   #send(subject: string, message: Uint8Array, header: FrameHeader): void {
-    const { maxPayloadBytes } = this.#bus;
-    if (message.length <= maxPayloadBytes) this.#bus.publish(subject, message);
-    else for (const frame of splitFrame(message, header, maxPayloadBytes)) this.#bus.publish(subject, frame);
+    const link = this.#link;
+    const { maxPayloadBytes } = link;
+    if (message.length <= maxPayloadBytes) link.publish(subject, message);
+    else for (const frame of splitFrame(message, header, maxPayloadBytes)) link.publish(subject, frame);
   }
 
   /** A frame that was damaged on its way is refused to the step that it seems to belong to, which then runs again at once. */

@@ -3,15 +3,16 @@
  *
  * Invariants
  * 1. A wave has at most one layer in flight, so one memory serves all layers of a step. It is free for the next layer:
- *    nats.js copies what is published in a microtask (several pieces are packed into one chunk before the socket sees
- *    them), and the executor's next message cannot come before the answer to this one has left. While the connection is
- *    down nats.js keeps views instead, but then nothing comes in either. The executor may have given the step up before:
+ *    what is published is copied or sent at once by the native link, in a microtask by nats.js, and the executor's next message
+ *    cannot come before the answer to this one has left. While the connection is down nats.js keeps views instead, but then
+ *    nothing comes in either. The executor may have given the step up before:
  *    its next one can then come in the same chunk as the last layer, so steps that follow each other take turns.
  * 2. The memory goes on to the next step only when the last layer of this one has been answered. A step that was
  *    abandoned keeps its memory until its job is done; the next step gets new memory.
  * 3. Nothing is allocated per layer.
  */
 import type { AttentionKernel, KernelStep } from '@lamina/attention-kernel';
+import type { HeldMemory } from '@lamina/bus';
 import {
   attendBytes,
   BLOCK_FIELDS,
@@ -58,6 +59,8 @@ export class WaveStep {
   /** -1 when none is. */
   layerInFlight = -1;
   receivedAtMs = 0;
+  /** Where q, k and v of the layer in flight lie. */
+  heldMemory: HeldMemory | undefined;
   /** Set when another plan took its place, or the origin went away. */
   isEnded = false;
   readonly #answerBytes: number;
@@ -112,6 +115,8 @@ export class WaveStep {
   endLayer(isAnswered: boolean): void {
     if (isAnswered) this.#layerAnswered = this.layerInFlight;
     this.layerInFlight = -1;
+    this.heldMemory?.release();
+    this.heldMemory = undefined;
   }
 
   /** Memory for the step that takes this one's place. */

@@ -70,7 +70,7 @@ function setUp() {
   const stats = new ShardStats(new Registry());
   const plane = new TensorPlane({
     kernel,
-    bus: {
+    link: {
       maxPayloadBytes: 1_048_576,
       publish: (subject, data) => {
         const header = emptyFrameHeader();
@@ -81,19 +81,25 @@ function setUp() {
     log: createLogger({ level: 'silent', service: 'attention-shard', instance: 'test' }),
     stats,
   });
+  const memory = { numHolds: 0, release: () => void memory.numHolds-- };
+  const hold = () => {
+    memory.numHolds++;
+    return memory;
+  };
+  const receive = (data: Uint8Array, reply?: string): void => plane.onMessage({ data, reply, hold });
   const frame = (message: Uint8Array, overrides: Partial<FrameHeader>): Uint8Array => {
     const bodyBytes = message.length - FRAME_HEADER_BYTES;
     writeFrameHeader(message, { ...emptyFrameHeader(), originId: 1, stepId: 1, bodyBytes, ...overrides });
     return message;
   };
   const sendPlan = (overrides: Partial<FrameHeader> = {}, reply: string | undefined = 'worker'): void =>
-    plane.onMessage({ data: frame(encodeStepPlan(PLAN), { kind: FRAME_KIND.plan, ...overrides }), reply });
+    receive(frame(encodeStepPlan(PLAN), { kind: FRAME_KIND.plan, ...overrides }), reply);
   const sendLayer = (layer: number, overrides: Partial<FrameHeader> = {}): Uint8Array => {
     const message = new Uint8Array(FRAME_HEADER_BYTES + attendBytes(PLAN, LAYOUT));
-    plane.onMessage({ data: frame(message, { kind: FRAME_KIND.attend, layer, ...overrides }), reply: undefined });
+    receive(frame(message, { kind: FRAME_KIND.attend, layer, ...overrides }));
     return message;
   };
-  return { kernel, sent, stats, plane, sendPlan, sendLayer };
+  return { kernel, sent, stats, plane, memory, receive, sendPlan, sendLayer };
 }
 
 test('a layer costs no copy: the kernel reads the received bytes and writes what is published', () => {
@@ -112,6 +118,26 @@ test('a layer costs no copy: the kernel reads the received bytes and writes what
   expect(kernel.attends[1]!.out).toBe(out);
   kernel.attends[1]!.done(null);
   expect(stats).toMatchObject({ attends: 2, tokensAttended: 6, bytesRead: 6 * 64, queueDepth: 0 });
+});
+
+test('what the kernel reads later is held until it is done, also that of a step that was replaced; brief attention holds nothing', () => {
+  const { kernel, memory, sendPlan, sendLayer } = setUp();
+  sendPlan();
+  sendLayer(0);
+  expect(memory.numHolds).toBe(1);
+  kernel.attends[0]!.done(null);
+  expect(memory.numHolds).toBe(0);
+  sendLayer(1);
+  sendPlan({ stepId: 2 });
+  sendLayer(0, { stepId: 2 });
+  expect(memory.numHolds).toBe(2);
+  kernel.attends[1]!.done(null);
+  kernel.attends[2]!.done(new Error('failed'));
+  expect(memory.numHolds).toBe(0);
+  kernel.isBrief = true;
+  sendLayer(0, { stepId: 2 });
+  sendLayer(1, { stepId: 2 });
+  expect([kernel.attends.length, memory.numHolds]).toEqual([5, 0]);
 });
 
 test('memory goes on to the step after the next one after the last layer, and not before', () => {
@@ -184,7 +210,7 @@ test('a kernel error is answered as a failure of its layer', () => {
 });
 
 test('a duplicate in flight is ignored; another layer in flight, an answer, and a plan without reply are refused', () => {
-  const { kernel, sent, stats, plane, sendPlan, sendLayer } = setUp();
+  const { kernel, sent, stats, receive, sendPlan, sendLayer } = setUp();
   sendPlan();
   sendLayer(0);
   sendLayer(0);
@@ -194,7 +220,7 @@ test('a duplicate in flight is ignored; another layer in flight, an answer, and 
   expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.failure, layer: 1 });
   sendLayer(0, { kind: FRAME_KIND.partial });
   expect(sent[1]!.header.kind).toBe(FRAME_KIND.failure);
-  plane.onMessage({ data: encodeStepPlan(PLAN), reply: undefined });
+  receive(encodeStepPlan(PLAN));
   expect(stats.failures).toBe(3);
 });
 
@@ -224,7 +250,7 @@ test('after close nothing is started', async () => {
 });
 
 test('a layer that was damaged on its way is refused to its step at once, and the next try is taken', () => {
-  const { kernel, sent, sendPlan, sendLayer, plane } = setUp();
+  const { kernel, sent, sendPlan, sendLayer, receive } = setUp();
   sendPlan();
   const intact = sendLayer(0, { isBodyChecked: true });
   expect(kernel.attends).toHaveLength(1);
@@ -233,7 +259,7 @@ test('a layer that was damaged on its way is refused to its step at once, and th
   for (const at of [8, 28, intact.length - 1]) {
     const damaged = Uint8Array.from(intact);
     damaged[at]! ^= 4;
-    plane.onMessage({ data: damaged, reply: undefined });
+    receive(damaged);
   }
   expect(kernel.attends).toHaveLength(1);
   // The first says that it belongs to another step, of which nothing is known: nobody is told.
@@ -243,21 +269,21 @@ test('a layer that was damaged on its way is refused to its step at once, and th
     ['worker', 1],
   ]);
   expect(unpackMessage(failures[0]!.data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable' });
-  plane.onMessage({ data: intact, reply: undefined });
+  receive(intact);
   expect(kernel.attends).toHaveLength(2);
   kernel.attends[1]!.done(null);
   expect(sent.at(-1)!.header).toMatchObject({ kind: FRAME_KIND.partial, isBodyChecked: true });
 });
 
 test('what comes again after its answer, or is older than what is known, changes nothing', () => {
-  const { kernel, sent, sendPlan, sendLayer, plane } = setUp();
+  const { kernel, sent, sendPlan, sendLayer, receive } = setUp();
   sendPlan();
   const layer = sendLayer(0);
   kernel.attends[0]!.done(null);
-  plane.onMessage({ data: layer, reply: undefined });
+  receive(layer);
   sendPlan();
   sendPlan({ stepId: 0 });
-  plane.onMessage({ data: layer, reply: undefined });
+  receive(layer);
   expect([kernel.attends.length, sent.length]).toEqual([1, 1]);
   // The step goes on where it was.
   sendLayer(1);

@@ -70,6 +70,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
         natsUrl: config.natsUrl,
         natsConnectTimeoutMs: config.natsConnectTimeoutMs,
         natsAccess: natsAccessOf(config, 'dense-executor'),
+        tensorLink: config.tensorLink,
         stagedGraphPath: built.stagedGraphPath,
         dataDir: built.dataDir,
         lease: lease.shared,
@@ -86,6 +87,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       onLate: (shardIds) => {
         for (const shardId of shardIds) executor.tables.suspect(shardId);
       },
+      onLinkFallback: (reason) => log.warn({ reason }, 'tensors travel over nats.js, which is slow'),
       onDeath: context.fail,
     },
   );

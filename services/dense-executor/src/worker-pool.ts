@@ -26,6 +26,8 @@ export interface WorkerPoolEvents {
   onComplaint(error: LaminaError): void;
   onLate(shardIds: readonly string[]): void;
   /** A worker died or could not start. */
+  /** A worker's tensors do not travel as they were meant to. */
+  onLinkFallback(reason: string): void;
   onDeath(error: LaminaError): void;
 }
 
@@ -99,8 +101,11 @@ export class WorkerPool {
         die(new LaminaError('internal', 'a worker thread ended'));
       });
       worker.on('message', (message: FromWorker) => {
-        if (message.kind === 'ready') resolve();
-        else if (message.kind === 'complaint') this.#events.onComplaint(new LaminaError(message.code, message.message));
+        if (message.kind === 'ready') {
+          if (message.linkFallbackReason !== null) this.#events.onLinkFallback(message.linkFallbackReason);
+          resolve();
+        } else if (message.kind === 'complaint')
+          this.#events.onComplaint(new LaminaError(message.code, message.message));
         else if (message.kind === 'late') this.#events.onLate(message.shardIds);
         else if (message.kind === 'stepDone')
           this.#events.onStepDone(index * wavesPerWorker + message.waveIndex, message);

@@ -16,6 +16,7 @@ import { KvLease } from '../src/kv-lease.ts';
 import { buildStep } from '../src/scheduling/step-builder.ts';
 import type { ModelDims } from '../src/worker/messages.ts';
 import { type LocalPartial, TensorExchange } from '../src/worker/tensor-exchange.ts';
+import { Turns } from '../src/worker/turns.ts';
 import { BLOCK, request } from './requests.ts';
 
 const DIMS: ModelDims = { numLayers: 2, hiddenSize: 8, vocabSize: 9, numHeads: 2, numKvHeads: 1, headDim: 8, scale: 1 };
@@ -45,6 +46,7 @@ class Step {
         },
       },
       this.lease,
+      new Turns(),
     );
     this.hold();
     this.begin(shards, 7);
@@ -228,7 +230,7 @@ function chunk(
   const lease = new KvLease();
   lease.renew(lease.mark(), 60_000);
   const sent: FrameHeader[] = [];
-  const transport = {
+  const link = {
     maxPayloadBytes: 1 << 20,
     publish: (_: string, data: Uint8Array) => {
       const header = emptyFrameHeader();
@@ -236,7 +238,7 @@ function chunk(
       if (header.kind === FRAME_KIND.attend) sent.push(header);
     },
   };
-  const exchange = new TensorExchange(DIMS, transport, lease);
+  const exchange = new TensorExchange(DIMS, link, lease, new Turns());
   const subject = request({ numPromptTokens: 64, numComputed: start, shards });
   const { step } = buildStep(
     [{ request: subject, start, numTokens: 16, draft: [], kvGeneration: 0 }],

@@ -8,7 +8,7 @@
  *    be given to others.
  */
 import { parentPort, workerData } from 'node:worker_threads';
-import { Bus } from '@lamina/bus';
+import { openTensorLink } from '@lamina/bus';
 import {
   emptyFrameHeader,
   errorBodySchema,
@@ -26,6 +26,7 @@ import { DenseSession } from './dense-session.ts';
 import type { FromWorker, StepRequest, ToWorker, WorkerOptions } from './messages.ts';
 import { NativeGuard } from './native-guard.ts';
 import { Retraction } from './retraction.ts';
+import { Turns } from './turns.ts';
 import { Wave } from './wave.ts';
 
 const port = parentPort;
@@ -35,7 +36,7 @@ const options: WorkerOptions = workerData;
 const post = (message: FromWorker): void => port.postMessage(message);
 const complain = (error: LaminaError): void => post({ kind: 'complaint', code: error.code, message: error.message });
 
-const bus = await Bus.connect(
+const { link, fallbackReason } = await openTensorLink(
   {
     url: options.natsUrl,
     name: `dense-executor worker ${options.workerId}`,
@@ -43,6 +44,7 @@ const bus = await Bus.connect(
     access: options.natsAccess,
   },
   { onError: complain },
+  options.tensorLink,
 );
 const guard = new NativeGuard(options.nativeGuard, options.workerIndex);
 guard.enterLoading();
@@ -56,6 +58,7 @@ const layerCycle = compileLayerCycle();
 const MIN_SILENCE_MS = 1_000;
 /** How soon it is looked again whether the connection is back. */
 const FLUSH_RETRY_MS = 50;
+const turns = new Turns();
 const waves = Array.from(
   { length: options.numWaves },
   () =>
@@ -63,17 +66,18 @@ const waves = Array.from(
       dims: options.dims,
       session,
       attentionThreads: options.intraOpThreads,
-      transport: bus,
+      link,
       layerCycle,
       originId,
       isBodyChecked: options.isBodyChecked,
       replySubjectOf,
       lease,
+      turns,
     }),
 );
 const retraction = new Retraction({
-  publish: (subject, data, reply) => bus.publish(subject, data, reply),
-  flush: () => bus.flush(),
+  publish: (subject, data, reply) => link.publish(subject, data, reply),
+  flush: () => link.flush(),
   replySubjectOf,
   onLate: (shardId) => post({ kind: 'late', shardIds: [shardId] }),
   silenceMs: Math.max(MIN_SILENCE_MS, options.gatherTimeoutMs / 5),
@@ -94,7 +98,7 @@ function readFailure(frame: Uint8Array): LaminaError {
 }
 
 const header = emptyFrameHeader();
-bus.subscribe(replySubjectOf('*', '*'), (message) => {
+link.subscribe(replySubjectOf('*', '*'), (message) => {
   const { data } = message;
   if (data.length === 0) {
     const [wave, shardIndex] = message.subject.split('.').slice(-2).map(Number);
@@ -119,13 +123,13 @@ bus.subscribe(replySubjectOf('*', '*'), (message) => {
     wave.exchange.receiveFailure(header, readFailure(data));
   }
 });
-bus.onStatus((type) => {
-  if (type === 'disconnect') numCuts++;
+link.onStatus((status) => {
+  if (status === 'disconnect') numCuts++;
   // What was under way may be lost; the KV is not, so the steps are run again.
-  if (type !== 'reconnect') return;
+  if (status !== 'reconnect') return;
   for (const wave of waves) wave.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
 });
-await bus.flush();
+await link.flush();
 
 /** A layer that waits longer makes its shards suspect. */
 const LATE_AFTER_MS = 200;
@@ -159,9 +163,9 @@ function judgeLate({ exchange }: Wave, dispatchedAtMs: number, waitedMs: number)
 
 /** When all that was published before is on the server, or lost with a connection that was cut. */
 async function flushed(): Promise<void> {
-  while (!bus.isClosed) {
+  while (!link.isClosed) {
     try {
-      await bus.flush();
+      await link.flush();
       return;
     } catch {
       await new Promise((resolve) => setTimeout(resolve, FLUSH_RETRY_MS));
@@ -206,7 +210,7 @@ async function stop(): Promise<void> {
   isStopping = true;
   clearInterval(watch);
   retraction.originEnded();
-  await bus.close();
+  await link.close();
   await Promise.all(waves.map((wave) => wave.close()));
   await session.release();
   port?.close();
@@ -229,4 +233,4 @@ port.on('message', (message: ToWorker) => {
     }
   }
 });
-post({ kind: 'ready' });
+post({ kind: 'ready', linkFallbackReason: fallbackReason });

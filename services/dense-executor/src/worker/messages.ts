@@ -5,7 +5,7 @@
  * 1. A wave has at most one step in flight; stepId grows by STEP_ID_STRIDE per step of the executor.
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
-import type { NatsAccess } from '@lamina/bus';
+import type { NatsAccess, TensorLinkKind } from '@lamina/bus';
 import type { StepPlan } from '@lamina/protocol';
 import type { AttentionSpec, ErrorCode, KvDtype } from '@lamina/tensor';
 import type { NativeGuardMemory } from './native-guard.ts';
@@ -20,6 +20,7 @@ export interface WorkerOptions {
   readonly natsUrl: string;
   readonly natsConnectTimeoutMs: number;
   readonly natsAccess: NatsAccess;
+  readonly tensorLink: TensorLinkKind;
   readonly stagedGraphPath: string;
   /** Directory that the graph's external data is relative to. */
   readonly dataDir: string;
@@ -151,6 +152,8 @@ export interface StepFailed {
 
 export interface Ready {
   readonly kind: 'ready';
+  /** Why tensors do not travel on a native connection, if they were to; else null. */
+  readonly linkFallbackReason: string | null;
 }
 
 /** Something odd that did not fail a step: counted and logged by the main thread. */

@@ -13,6 +13,7 @@
  * 6. A shard that gets K and V but no query is not waited for in its layer, but before the next one is sent to it
  *    (`stored`), and before the step ends.
  */
+import type { TensorLink } from '@lamina/bus';
 import {
   attendBytes,
   FRAME_HEADER_BYTES,
@@ -27,6 +28,7 @@ import {
 import { AttentionGather, applySinks, LaminaError } from '@lamina/tensor';
 import type { KvLease } from '../kv-lease.ts';
 import type { ModelDims, ShardPart, StepRequest } from './messages.ts';
+import type { Turns } from './turns.ts';
 import { PartialRows, packRows, toRuns, type WireElements, wireElements } from './wire-rows.ts';
 
 /** Attention of some rows that was computed here. */
@@ -39,10 +41,8 @@ export interface LocalPartial {
   readonly rows: Int32Array;
 }
 
-export interface TensorTransport {
-  publish(subject: string, data: Uint8Array, reply?: string): void;
-  readonly maxPayloadBytes: number;
-}
+/** What the exchange needs of the connection. */
+export type ExchangeLink = Pick<TensorLink, 'publish' | 'maxPayloadBytes'>;
 
 class ShardLink {
   readonly shardId: string;
@@ -88,8 +88,9 @@ class ShardLink {
 
 export class TensorExchange {
   readonly #dims: ModelDims;
-  readonly #transport: TensorTransport;
+  readonly #link: ExchangeLink;
   readonly #lease: Pick<KvLease, 'allows'>;
+  readonly #turns: Turns;
   readonly #gather: AttentionGather;
   #links: ShardLink[] = [];
   #local: LocalPartial | undefined;
@@ -110,10 +111,11 @@ export class TensorExchange {
   /** performance.now() of the last dispatch; NaN while nothing is waited for. */
   dispatchedAtMs = Number.NaN;
 
-  constructor(dims: ModelDims, transport: TensorTransport, lease: Pick<KvLease, 'allows'>) {
+  constructor(dims: ModelDims, link: ExchangeLink, lease: Pick<KvLease, 'allows'>, turns: Turns) {
     this.#dims = dims;
     this.#lease = lease;
-    this.#transport = transport;
+    this.#turns = turns;
+    this.#link = link;
     this.#gather = new AttentionGather(dims.numHeads, dims.headDim);
   }
 
@@ -147,8 +149,8 @@ export class TensorExchange {
         bodyBytes: part.plan.length - FRAME_HEADER_BYTES,
       };
       writeFrameHeader(part.plan, planHeader);
-      for (const frame of splitFrame(part.plan, planHeader, this.#transport.maxPayloadBytes)) {
-        this.#transport.publish(link.subject, frame, replySubjectOf(shardIndex));
+      for (const frame of splitFrame(part.plan, planHeader, this.#link.maxPayloadBytes)) {
+        this.#link.publish(link.subject, frame, replySubjectOf(shardIndex));
       }
       return link;
     });
@@ -187,18 +189,19 @@ export class TensorExchange {
       packRows(link.payload, at, value, link.kvRuns, numKvHeads * headDim);
       link.header.layer = layer;
       link.hasAnswered = false;
-      if (link.message.length <= this.#transport.maxPayloadBytes) {
+      if (link.message.length <= this.#link.maxPayloadBytes) {
         writeFrameHeader(link.message, link.header);
-        this.#transport.publish(link.subject, link.message);
+        this.#link.publish(link.subject, link.message);
       } else
-        for (const frame of splitFrame(link.message, link.header, this.#transport.maxPayloadBytes))
-          this.#transport.publish(link.subject, frame);
+        for (const frame of splitFrame(link.message, link.header, this.#link.maxPayloadBytes))
+          this.#link.publish(link.subject, frame);
     }
     if (this.#numUnanswered > 0) this.dispatchedAtMs = performance.now();
     if (this.#numWaiting === 0) return Promise.resolve();
     return new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
+      this.#turns.numRunnable--;
     });
   }
 
@@ -305,6 +308,7 @@ export class TensorExchange {
 
   #settle(): (() => void) | undefined {
     const resolve = this.#resolve;
+    if (resolve !== undefined) this.#turns.numRunnable++;
     this.#resolve = undefined;
     this.#reject = undefined;
     return resolve;

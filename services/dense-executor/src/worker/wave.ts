@@ -5,6 +5,7 @@
  * 1. A step passes the layer cycle that is compiled from the request machine; an event that the machine forbids ends it.
  * 2. Between the request of a step and its result nothing is looked up, logged or asked of another thread.
  */
+import type { TensorLink } from '@lamina/bus';
 import { FRAME_KIND, type FrameHeader, SUBJECTS } from '@lamina/protocol';
 import { asLaminaError, type LaminaError } from '@lamina/tensor';
 import { Tensor } from 'onnxruntime-node';
@@ -22,7 +23,11 @@ import {
 } from './messages.ts';
 import { SelfAttention } from './self-attention.ts';
 import { floatsOf, type LayerOutputs, StageOutputs } from './stage-outputs.ts';
-import { TensorExchange, type TensorTransport } from './tensor-exchange.ts';
+import { TensorExchange } from './tensor-exchange.ts';
+import type { Turns } from './turns.ts';
+
+/** The thread waits in the socket for so long; then the event loop has its turn, and what else is to be heard is heard. */
+const MAX_BLOCK_US = 2_000;
 
 export class Wave {
   readonly exchange: TensorExchange;
@@ -35,6 +40,8 @@ export class Wave {
   readonly #sampler: Sampler;
   readonly #cursor: LayerCursor;
   readonly #isBodyChecked: boolean;
+  readonly #link: TensorLink;
+  readonly #turns: Turns;
   readonly #replySubjectOf: (waveIndex: number, shardIndex: number) => string;
 
   constructor(options: {
@@ -42,12 +49,13 @@ export class Wave {
     session: DenseSession;
     /** Of the attention of chunks to themselves. */
     attentionThreads: number;
-    transport: TensorTransport;
+    link: TensorLink;
     layerCycle: Uint8Array;
     originId: number;
     isBodyChecked: boolean;
     replySubjectOf: (waveIndex: number, shardIndex: number) => string;
     lease: Pick<KvLease, 'allows'>;
+    turns: Turns;
   }) {
     this.#dims = options.dims;
     this.#session = options.session;
@@ -58,7 +66,9 @@ export class Wave {
     this.originId = options.originId;
     this.#isBodyChecked = options.isBodyChecked;
     this.#replySubjectOf = options.replySubjectOf;
-    this.exchange = new TensorExchange(options.dims, options.transport, options.lease);
+    this.exchange = new TensorExchange(options.dims, options.link, options.lease, options.turns);
+    this.#link = options.link;
+    this.#turns = options.turns;
   }
 
   close(): Promise<void> {
@@ -67,6 +77,7 @@ export class Wave {
 
   /** Never rejects: a failed step is a result. */
   async run(step: StepRequest): Promise<StepDone | StepFailed> {
+    this.#turns.numRunnable++;
     try {
       return await this.#run(step);
     } catch (cause) {
@@ -80,6 +91,8 @@ export class Wave {
         message: reasonOf(error),
         shardIds: shardIdsOf(error),
       };
+    } finally {
+      this.#turns.numRunnable--;
     }
   }
 
@@ -89,6 +102,8 @@ export class Wave {
     const exchange = this.exchange;
     const numTokens = step.tokenIds.length;
     const startedMs = performance.now();
+    const link = this.#link;
+    const turns = this.#turns;
     let denseMs = 0;
     let waitMs = 0;
     let codecMs = 0;
@@ -141,8 +156,10 @@ export class Wave {
       const answered = exchange.dispatch(layer, outputs.query, outputs.key, outputs.value);
       cursor.advance(LAYER_EVENT.DISPATCHED);
       const dispatchedMs = performance.now();
-      if (self === undefined) await answered;
-      else await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]);
+      if (self === undefined) {
+        while (turns.numRunnable === 0 && link.receive(MAX_BLOCK_US));
+        await answered;
+      } else await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]);
       const answeredMs = performance.now();
       attention = new Tensor('float32', exchange.gathered(), attentionShape);
       cursor.advance(LAYER_EVENT.GATHERED);

@@ -1,0 +1,344 @@
+/**
+ * Owns the native tensor link: logging in to nats-server, subscriptions, connecting again.
+ * https://docs.nats.io/reference/reference-protocols/nats-protocol
+ *
+ * Invariants
+ * 1. The first connection is retried for `connectTimeoutMs` and then fails with one clear error; one that was once made is
+ *    remade for ever, with its subscriptions.
+ * 2. What is published without a connection is lost: whoever must be heard waits for an answer and tries again.
+ * 3. A connection on which nothing answers for MAX_SILENT_PINGS pings is cut; one whose own thread was busy is not.
+ * 4. A callback that throws is reported and changes nothing else.
+ */
+import { lookup } from 'node:dns/promises';
+import { asLaminaError, LaminaError } from '@lamina/tensor';
+import type { BusEvents, Subscription } from './bus.ts';
+import { type BusOptions, RETRY_INTERVAL_MS, readPassword, refused, serversOf, unreachable } from './connection.ts';
+import { LINE_KIND, NativeSocket } from './native-socket.ts';
+import { readServerInfo, type ServerInfo } from './server-info.ts';
+import type { HeldMemory, LinkMessage, LinkStatus, TensorLink } from './tensor-link.ts';
+
+const LOGIN_TIMEOUT_MS = 5_000;
+const PING_INTERVAL_MS = 5_000;
+const MAX_SILENT_PINGS = 2;
+const CLOSE_TIMEOUT_MS = 2_000;
+const DEFAULT_PORT = 4222;
+const DEFAULT_MAX_PAYLOAD_BYTES = 1_048_576;
+/** Waiting for an answer without sleep: an answer that is about to come is not worth waking up for. */
+const SPIN_US = 50;
+
+interface Waiter {
+  readonly resolve: () => void;
+  readonly reject: (error: LaminaError) => void;
+}
+
+/** Fails for good, however often it is tried. */
+class LoginRefused extends Error {}
+
+class TlsRequired extends Error {}
+
+/** The one message that callbacks see, one after the other: a view of the socket's line. */
+class SocketMessage implements LinkMessage {
+  socket: NativeSocket | undefined;
+
+  get #line(): NativeSocket {
+    if (this.socket === undefined) throw new LaminaError('internal', 'a message of a link is read after its callback');
+    return this.socket;
+  }
+
+  get subject(): string {
+    return this.#line.text;
+  }
+
+  get data(): Uint8Array {
+    return this.#line.payload;
+  }
+
+  get reply(): string | undefined {
+    return this.#line.reply || undefined;
+  }
+
+  hold(): HeldMemory {
+    return this.#line.hold();
+  }
+}
+
+export class NativeLink implements TensorLink {
+  readonly kind = 'native';
+  readonly #options: BusOptions;
+  readonly #events: BusEvents;
+  readonly #subscriptions = new Map<
+    number,
+    { readonly subject: string; readonly callback: (m: LinkMessage) => void }
+  >();
+  readonly #statusCallbacks: ((status: LinkStatus) => void)[] = [];
+  readonly #message = new SocketMessage();
+  readonly #flushLater = (): void => {
+    this.#isFlushPlanned = false;
+    this.#socket?.flush();
+  };
+  /** Logged in; undefined while there is no connection. */
+  #socket: NativeSocket | undefined;
+  #info: ServerInfo = { maxPayloadBytes: DEFAULT_MAX_PAYLOAD_BYTES, isTlsRequired: false, otherServers: [] };
+  #lastSubscription = 0;
+  /** Of PINGs, in the order they were sent. */
+  #pongs: Waiter[] = [];
+  #numSilentPings = 0;
+  #pingTimer: NodeJS.Timeout | undefined;
+  #retryTimer: NodeJS.Timeout | undefined;
+  #isFlushPlanned = false;
+  #isClosed = false;
+
+  private constructor(options: BusOptions, events: BusEvents) {
+    this.#options = options;
+    this.#events = events;
+  }
+
+  /**
+   * Undefined when the server wants TLS.
+   * @throws LaminaError `nats_unreachable`
+   */
+  static async connect(options: BusOptions, events: BusEvents): Promise<NativeLink | undefined> {
+    const link = new NativeLink(options, events);
+    const deadlineMs = performance.now() + options.connectTimeoutMs;
+    for (;;) {
+      try {
+        await link.#connectToAny();
+        return link;
+      } catch (cause) {
+        if (cause instanceof TlsRequired) return undefined;
+        if (cause instanceof LaminaError) throw cause;
+        if (cause instanceof LoginRefused) throw refused(options, cause);
+        if (performance.now() > deadlineMs) throw unreachable(options.url, cause);
+        await new Promise((resolve) => setTimeout(resolve, RETRY_INTERVAL_MS));
+      }
+    }
+  }
+
+  get maxPayloadBytes(): number {
+    return this.#info.maxPayloadBytes;
+  }
+
+  get isClosed(): boolean {
+    return this.#isClosed;
+  }
+
+  publish(subject: string, data: Uint8Array, reply = ''): void {
+    if (this.#socket === undefined) return;
+    this.#socket.publish(subject, reply, data);
+    if (this.#isFlushPlanned) return;
+    this.#isFlushPlanned = true;
+    queueMicrotask(this.#flushLater);
+  }
+
+  subscribe(subject: string, callback: (message: LinkMessage) => void): Subscription {
+    const id = ++this.#lastSubscription;
+    this.#subscriptions.set(id, { subject, callback });
+    this.#socket?.write(`SUB ${subject} ${id}\r\n`);
+    return {
+      unsubscribe: () => {
+        if (this.#subscriptions.delete(id)) this.#socket?.write(`UNSUB ${id}\r\n`);
+      },
+    };
+  }
+
+  receive(timeoutUs: number): boolean {
+    const socket = this.#socket;
+    return socket !== undefined && socket.wait(timeoutUs, SPIN_US) > 0;
+  }
+
+  onStatus(callback: (status: LinkStatus) => void): void {
+    this.#statusCallbacks.push(callback);
+  }
+
+  flush(): Promise<void> {
+    const socket = this.#socket;
+    if (socket === undefined) return Promise.reject(connectionLost());
+    return new Promise((resolve, reject) => {
+      this.#pongs.push({ resolve, reject });
+      socket.write('PING\r\n');
+    });
+  }
+
+  async close(): Promise<boolean> {
+    if (this.#isClosed) return true;
+    let timer: NodeJS.Timeout | undefined;
+    const tooLate = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), CLOSE_TIMEOUT_MS);
+    });
+    const isSent = await Promise.race([
+      this.flush().then(
+        () => true,
+        () => false,
+      ),
+      tooLate,
+    ]);
+    clearTimeout(timer);
+    clearTimeout(this.#retryTimer);
+    this.#isClosed = true;
+    this.#socket?.close();
+    return isSent;
+  }
+
+  /** Tries each server once. Throws the failure of the last one. */
+  async #connectToAny(): Promise<void> {
+    let failure: unknown;
+    for (const server of new Set([...serversOf(this.#options.url), ...this.#info.otherServers])) {
+      try {
+        await this.#connectTo(new URL(server.includes('://') ? server : `nats://${server}`));
+        return;
+      } catch (cause) {
+        if (cause instanceof TlsRequired || cause instanceof LaminaError) throw cause;
+        // One that refuses us is of more interest than one that is away.
+        if (!(failure instanceof LoginRefused)) failure = cause;
+      }
+    }
+    throw failure;
+  }
+
+  /** Tries each address of the server. Throws the failure of the last one. */
+  async #connectTo(server: URL): Promise<void> {
+    const addresses = await lookup(server.hostname.replace(/^\[|\]$/g, ''), { all: true });
+    const login = this.#loginLines(server);
+    let failure: unknown;
+    for (const { address } of addresses) {
+      try {
+        await this.#logIn(address, Number(server.port || DEFAULT_PORT), login);
+        return;
+      } catch (cause) {
+        failure = cause;
+        if (cause instanceof TlsRequired || cause instanceof LoginRefused) break;
+      }
+    }
+    throw failure;
+  }
+
+  #logIn(address: string, port: number, login: string): Promise<void> {
+    return new Promise((resolve, reject) => {
+      let isLoggedIn = false;
+      const giveUp = (failure: Error): void => {
+        reject(failure);
+        socket.close();
+      };
+      const timer = setTimeout(() => giveUp(new Error('no answer in time')), LOGIN_TIMEOUT_MS);
+      const onLine = (): void => {
+        const { kind } = socket;
+        if (isLoggedIn) this.#onLine(socket);
+        else if (kind === LINE_KIND.info) {
+          this.#info = readServerInfo(socket.text, this.#info);
+          if (this.#info.isTlsRequired) giveUp(new TlsRequired());
+          else socket.write(login);
+        } else if (kind === LINE_KIND.error) {
+          const said = socket.text.trim();
+          giveUp(/auth/i.test(said) ? new LoginRefused(said) : new Error(said));
+        } else if (kind === LINE_KIND.pong) {
+          isLoggedIn = true;
+          clearTimeout(timer);
+          this.#begin(socket);
+          resolve();
+        }
+      };
+      const onEnd = (reason: string): void => {
+        clearTimeout(timer);
+        if (isLoggedIn) this.#onEnd();
+        else reject(new Error(reason));
+      };
+      const socket = new NativeSocket(address, port, { onLine, onEnd });
+    });
+  }
+
+  /** @throws LaminaError `config_invalid` when the password cannot be read. */
+  #loginLines({ username, password }: URL): string {
+    const { access, name } = this.#options;
+    const login =
+      access?.passwordFile !== undefined
+        ? { user: access.user, pass: readPassword(access.passwordFile, access.user) }
+        : username !== '' && { user: decodeURIComponent(username), pass: decodeURIComponent(password) };
+    const options = {
+      verbose: false,
+      pedantic: false,
+      lang: 'lamina',
+      version: '1',
+      protocol: 1,
+      headers: true,
+      no_responders: true,
+      name,
+      ...login,
+    };
+    return `CONNECT ${JSON.stringify(options)}\r\nPING\r\n`;
+  }
+
+  #begin(socket: NativeSocket): void {
+    this.#socket = socket;
+    this.#numSilentPings = 0;
+    for (const [id, { subject }] of this.#subscriptions) socket.write(`SUB ${subject} ${id}\r\n`);
+    this.#pingTimer = setInterval(() => this.#ping(socket), PING_INTERVAL_MS);
+    if (this.#isClosed) socket.close();
+  }
+
+  #ping(socket: NativeSocket): void {
+    if (++this.#numSilentPings > MAX_SILENT_PINGS) {
+      socket.close();
+      return;
+    }
+    const onPong = (): void => {
+      this.#numSilentPings = 0;
+    };
+    this.#pongs.push({ resolve: onPong, reject: () => undefined });
+    socket.write('PING\r\n');
+  }
+
+  #onLine(socket: NativeSocket): void {
+    if (socket.kind === LINE_KIND.message) this.#onMessage(socket);
+    else if (socket.kind === LINE_KIND.pong) this.#pongs.shift()?.resolve();
+    else if (socket.kind === LINE_KIND.info) this.#info = readServerInfo(socket.text, this.#info);
+    else if (socket.kind === LINE_KIND.error)
+      this.#events.onError(new LaminaError('unavailable', `nats-server says${socket.text}`), '');
+  }
+
+  #onMessage(socket: NativeSocket): void {
+    const subscription = this.#subscriptions.get(socket.subscription);
+    if (subscription === undefined) return;
+    const message = this.#message;
+    message.socket = socket;
+    try {
+      subscription.callback(message);
+    } catch (cause) {
+      this.#events.onError(asLaminaError(cause), subscription.subject);
+    }
+    message.socket = undefined;
+  }
+
+  #onEnd(): void {
+    clearInterval(this.#pingTimer);
+    this.#socket = undefined;
+    const pongs = this.#pongs;
+    this.#pongs = [];
+    for (const { reject } of pongs) reject(connectionLost());
+    if (this.#isClosed) return;
+    this.#tell('disconnect');
+    this.#planRetry();
+  }
+
+  #planRetry(): void {
+    const delayMs = RETRY_INTERVAL_MS * (1 + Math.random());
+    this.#retryTimer = setTimeout(() => {
+      this.#connectToAny().then(
+        () => {
+          if (!this.#isClosed) this.#tell('reconnect');
+        },
+        () => {
+          // A server that restarts with other passwords refuses us until our file has ours.
+          if (!this.#isClosed) this.#planRetry();
+        },
+      );
+    }, delayMs);
+  }
+
+  #tell(status: LinkStatus): void {
+    for (const callback of this.#statusCallbacks) callback(status);
+  }
+}
+
+function connectionLost(): LaminaError {
+  return new LaminaError('unavailable', 'the connection to nats-server was lost');
+}

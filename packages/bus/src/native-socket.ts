@@ -1,0 +1,152 @@
+/**
+ * Owns one native connection to nats-server (native/addon.cc): a line at a time, from receive memory that is used again.
+ *
+ * Invariants
+ * 1. The line that a callback sees is valid during that callback; a message that is to stay is held.
+ * 2. `onEnd` is called once, after which nothing else is.
+ */
+import { loadNativeModule } from '@lamina/tensor';
+import { ReceiveMemories, type ReceiveMemory } from './receive-memory.ts';
+
+type NativeLinkHandle = { readonly __nativeLink: never };
+
+interface LinkAddon {
+  open(
+    address: string,
+    port: number,
+    record: Int32Array,
+    onLine: () => void,
+    onMemory: (minBytes: number) => Uint8Array,
+    onEnd: (reason: string) => void,
+  ): NativeLinkHandle;
+  publish(link: NativeLinkHandle, subject: string, reply: string, data: Uint8Array): void;
+  write(link: NativeLinkHandle, bytes: Uint8Array): void;
+  flush(link: NativeLinkHandle): void;
+  receive(link: NativeLinkHandle, spinUs: number): number;
+  sleep(link: NativeLinkHandle, timeoutUs: number): void;
+  hold(link: NativeLinkHandle): void;
+  close(link: NativeLinkHandle): void;
+}
+
+const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', import.meta.url), [
+  'open',
+  'publish',
+  'write',
+  'flush',
+  'receive',
+  'sleep',
+  'hold',
+  'close',
+]);
+
+/** Why there is no native link on this machine, or undefined. */
+export const noNativeLinkReason: string | undefined = loaded.addon === null ? loaded.reason : undefined;
+
+/** Kinds of lines that are told of: LineKind of native/server_lines.h. */
+export const LINE_KIND = { message: 1, info: 2, pong: 4, error: 6 } as const;
+
+/** RecordField of native/addon.cc: places in the receive memory. */
+const FIELD = {
+  kind: 0,
+  subscription: 1,
+  text: 3,
+  textEnd: 4,
+  reply: 5,
+  replyEnd: 6,
+  headers: 7,
+  payload: 8,
+  end: 9,
+} as const;
+const NUM_FIELDS = 10;
+
+export interface SocketEvents {
+  /** Must not throw. */
+  readonly onLine: () => void;
+  readonly onEnd: (reason: string) => void;
+}
+
+export class NativeSocket {
+  readonly #addon: LinkAddon;
+  readonly #handle: NativeLinkHandle;
+  readonly #record = new Int32Array(NUM_FIELDS);
+  readonly #memories = new ReceiveMemories();
+
+  /**
+   * Begins to connect.
+   * @param address Numeric.
+   * @throws Error when that cannot even begin.
+   */
+  constructor(address: string, port: number, events: SocketEvents) {
+    if (loaded.addon === null) throw new Error(loaded.reason);
+    this.#addon = loaded.addon;
+    const onMemory = (minBytes: number): Uint8Array => this.#memories.next(minBytes).bytes;
+    this.#handle = this.#addon.open(address, port, this.#record, events.onLine, onMemory, events.onEnd);
+  }
+
+  /** Of the line that onLine is told of: one of LINE_KIND. */
+  get kind(): number {
+    return this.#record[FIELD.kind]!;
+  }
+
+  get subscription(): number {
+    return this.#record[FIELD.subscription]! >>> 0;
+  }
+
+  /** Subject of a message, what follows INFO or -ERR. */
+  get text(): string {
+    return this.#memory.bytes.toString('latin1', this.#record[FIELD.text]!, this.#record[FIELD.textEnd]!);
+  }
+
+  /** '' when there is none. */
+  get reply(): string {
+    return this.#memory.bytes.toString('latin1', this.#record[FIELD.reply]!, this.#record[FIELD.replyEnd]!);
+  }
+
+  /** "NATS/1.0 ..." and what follows; '' when there are none. */
+  get headers(): string {
+    return this.#memory.bytes.toString('latin1', this.#record[FIELD.headers]!, this.#record[FIELD.payload]!);
+  }
+
+  get payload(): Uint8Array {
+    const { bytes } = this.#memory;
+    const start = this.#record[FIELD.payload]!;
+    return new Uint8Array(bytes.buffer, bytes.byteOffset + start, this.#record[FIELD.end]! - start);
+  }
+
+  /** Keeps the payload of the line as it is until the memory is released. */
+  hold(): ReceiveMemory {
+    const memory = this.#memory;
+    memory.hold();
+    this.#addon.hold(this.#handle);
+    return memory;
+  }
+
+  publish(subject: string, reply: string, data: Uint8Array): void {
+    this.#addon.publish(this.#handle, subject, reply, data);
+  }
+
+  /** Lines of the protocol; sent at once. */
+  write(lines: string): void {
+    this.#addon.write(this.#handle, Buffer.from(lines));
+  }
+
+  flush(): void {
+    this.#addon.flush(this.#handle);
+  }
+
+  /** Sends what was published and takes what comes within `timeoutUs`; does not sleep for the first `spinUs`. Returns how many messages came. */
+  wait(timeoutUs: number, spinUs: number): number {
+    const numMessages = this.#addon.receive(this.#handle, spinUs);
+    if (numMessages > 0) return numMessages;
+    this.#addon.sleep(this.#handle, timeoutUs);
+    return this.#addon.receive(this.#handle, 0);
+  }
+
+  close(): void {
+    this.#addon.close(this.#handle);
+  }
+
+  get #memory(): ReceiveMemory {
+    return this.#memories.current!;
+  }
+}
