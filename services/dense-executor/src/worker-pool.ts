@@ -88,7 +88,7 @@ export class WorkerPool {
       originId,
       numWaves: wavesPerWorker,
     };
-    const worker = new Worker(new URL('./worker/main.js', import.meta.url), { workerData });
+    const worker = new Worker(new URL('./worker/entry.js', import.meta.url), { workerData });
     this.#workers.push(worker);
     return new Promise((resolve, reject) => {
       const die = (error: LaminaError): void => {

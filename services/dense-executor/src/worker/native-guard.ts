@@ -6,8 +6,8 @@
  * 1. A worker says that it goes in before it looks whether the process ends; the process says that it ends before it looks
  *    whether somebody is in: one of the two sees the other.
  * 2. A worker that finds the process ending stays where it is.
- * 3. A worker that loads its model is waited for, minutes if it must be: the process cannot end before anyway, because Node waits
- *    for its threads, and a load is one native call. One whose thread has ended is outside.
+ * 3. A worker that loads the library or its model is waited for, minutes if it must be: the process cannot end before anyway,
+ *    because Node waits for its threads, and a load is one native call. One whose thread has ended is outside.
  */
 
 /** [0]: the process ends. [1 + worker]: where that worker is. */
@@ -54,7 +54,7 @@ export class NativeGuard {
     this.#goIn(INSIDE);
   }
 
-  /** As `enter`, for the load of a model; nothing else is inside meanwhile. */
+  /** As `enter`, for the load of the library or of a model; nothing else is inside meanwhile. */
   enterLoading(): void {
     this.#goIn(LOADING);
   }
