@@ -2,7 +2,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
+import { type Bus, type Subscription, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
 import { type KvStatus, SUBJECTS } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
@@ -447,6 +447,53 @@ test('a client that asks too often is told when to come again; another is not', 
   expect([refused.status, error.code, error.type]).toEqual([429, 'overloaded', 'rate_limit_error']);
   expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(20);
   expect((await as('b')).status).toBe(503);
+});
+
+describe('questions about requests and cancellations', () => {
+  const cancelled: string[] = [];
+  let listening: Subscription;
+  beforeEach(() => {
+    cancelled.length = 0;
+    listening = bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => cancelled.push(subject));
+  });
+  afterEach(() => listening.unsubscribe());
+  const ask = (path: string, method = 'GET', client = 'a'): Promise<Response> =>
+    fetch(`${url}/v1/requests/${path}`, { method, headers: { 'Lamina-Client': client } });
+
+  test('beyond their rate are told when to come again, and then are heard; prompts and other clients are not touched', async () => {
+    await restart(['--follow-ups-per-minute', '12', '--requests-per-minute', '1']);
+    const headers = { 'Lamina-Client': 'a', 'Idempotency-Key': 'polled' };
+    const asked = post('/v1/completions', { prompt: 'Hi' }, { headers });
+    await eventually(async () => ((await messagesIn(bus, 'work')) === 1 ? true : undefined));
+    const polls = await Promise.all(Array.from({ length: 12 }, () => ask('polled')));
+    expect(new Set(polls.map(({ status }) => status))).toEqual(new Set([200]));
+    let retryAfterSeconds = 0;
+    for (const [path, method] of [['polled'], ['polled/events'], ['polled', 'DELETE']] as const) {
+      const refused = await ask(path, method);
+      const { error } = Object(await refused.json());
+      expect([refused.status, error.code, error.message]).toEqual([
+        429,
+        'overloaded',
+        'more than 12 questions about requests and cancellations a minute of "a"',
+      ]);
+      retryAfterSeconds = Number(refused.headers.get('retry-after'));
+      expect([1, 2, 3, 4, 5]).toContain(retryAfterSeconds);
+    }
+    expect(await (await ask('polled', 'GET', 'b')).json()).toEqual({ id: 'polled', state: 'working' });
+    expect(cancelled).toEqual([]);
+    await new Promise((resolve) => setTimeout(resolve, retryAfterSeconds * 1_000));
+    expect((await ask('polled', 'DELETE')).status).toBe(202);
+    expect(await (await asked).json()).toMatchObject({ choices: [{ finish_reason: 'cancelled' }] });
+    await dropEnded(queue, tokens);
+  }, 20_000);
+
+  test('of many requests at once are all heard by default', async () => {
+    const ids = Array.from({ length: 200 }, (_, index) => `many-${index}`);
+    const answers = await Promise.all(ids.map((id) => ask(id, 'DELETE')));
+    expect(new Set(answers.map(({ status }) => status))).toEqual(new Set([404]));
+    await eventually(() => (cancelled.length >= ids.length ? true : undefined));
+    expect(cancelled.sort()).toEqual(ids.map((id) => SUBJECTS.cancel(id)).sort());
+  });
 });
 
 test('pages of other origins may not call it unless that was configured', async () => {

@@ -188,7 +188,16 @@ export const SETTINGS = {
     fallback: '0',
     schema: integer(0, 1_000_000),
     usedBy: ['gateway'],
-    meaning: 'HTTP requests of one client that one gateway takes in a minute; 0 = any number.',
+    meaning: 'HTTP requests for an answer of one client that one gateway takes in a minute; 0 = any number.',
+  }),
+  // More than the requests that a gateway has open: whoever polls or cancels all of them at once is not refused.
+  followUpsPerMinute: setting({
+    env: 'LAMINA_FOLLOW_UPS_PER_MINUTE',
+    fallback: '6000',
+    schema: integer(0, 1_000_000),
+    usedBy: ['gateway'],
+    meaning:
+      'HTTP requests of one client about requests that were sent (/v1/requests: state, tokens, cancellation) that one gateway takes in a minute; 0 = any number.',
   }),
   maxOpenRequests: setting({
     env: 'LAMINA_MAX_OPEN_REQUESTS',

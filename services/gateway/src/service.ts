@@ -114,7 +114,10 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const server = createHttpServer({
     modelId,
     gateway,
-    access: new Access(apiKeys, new RateLimit(config.requestsPerMinute)),
+    access: new Access(apiKeys, {
+      requests: new RateLimit(config.requestsPerMinute, 'requests'),
+      followUps: new RateLimit(config.followUpsPerMinute, 'questions about requests and cancellations'),
+    }),
     clusterState: () => cluster.live(),
     metrics: () => collectMetrics(bus, METRICS_WAIT_MS),
     bodyLimitBytes: config.httpBodyBytes,

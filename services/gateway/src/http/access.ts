@@ -5,6 +5,7 @@
  * 1. With API keys, the key alone says which client it is; without, the header Lamina-Client does, and nobody checks it.
  * 2. With API keys, a request's id is the client's own name for it: two clients that choose the same have two requests, and
  *    neither can name, read or cancel the other's. Without keys an id means the same to everybody.
+ * 3. What asks about a request is counted apart from what asks for an answer: who may send no more may still read and cancel.
  */
 import { createHash } from 'node:crypto';
 import type { IncomingHttpHeaders } from 'node:http';
@@ -13,22 +14,29 @@ import { clientIdOf } from '../client-id.ts';
 import type { ApiKeys } from './api-keys.ts';
 import type { RateLimit } from './rate-limit.ts';
 
+export interface Rates {
+  /** Of requests for an answer. */
+  readonly requests: RateLimit;
+  /** Of requests about those: their state, their tokens, their cancellation. */
+  readonly followUps: RateLimit;
+}
+
 export class Access {
   readonly #keys: ApiKeys | undefined;
-  readonly #rate: RateLimit;
+  readonly #rates: Rates;
 
-  constructor(keys: ApiKeys | undefined, rate: RateLimit) {
+  constructor(keys: ApiKeys | undefined, rates: Rates) {
     this.#keys = keys;
-    this.#rate = rate;
+    this.#rates = rates;
   }
 
   /**
    * The client of a request; counts it.
    * @throws LaminaError `unauthorized`, `overloaded`, `invalid_request`
    */
-  admit(headers: IncomingHttpHeaders): string {
+  admit(headers: IncomingHttpHeaders, kind: keyof Rates): string {
     const client = this.identify(headers);
-    this.#rate.take(client);
+    this.#rates[kind].take(client);
     return client;
   }
 

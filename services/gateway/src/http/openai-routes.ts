@@ -41,7 +41,7 @@ export function registerOpenAi(server: FastifyInstance, { modelId, gateway, acce
     format: OpenAiFormat,
     read: (body: unknown, id: string | undefined) => OpenAiRequest,
   ): Promise<unknown> => {
-    const client = access.admit(request.headers);
+    const client = access.admit(request.headers, 'requests');
     const { generate, isStream, includeUsage } = read(request.body, request.headers[ID_HEADER]?.toString());
     const afterIndex = lastEventIndex(request);
     // What the client calls it; its messages have the id that the cluster knows.

@@ -11,12 +11,17 @@ const MINUTE_MS = 60_000;
 
 export class RateLimit {
   readonly #perMinute: number;
+  readonly #what: string;
   readonly #now: () => number;
   readonly #buckets = new Map<string, { tokens: number; filledAtMs: number }>();
 
-  /** `perMinute` 0 = unlimited. */
-  constructor(perMinute: number, now: () => number = () => performance.now()) {
+  /**
+   * @param perMinute 0 = unlimited.
+   * @param what Is counted, as a refusal calls it.
+   */
+  constructor(perMinute: number, what: string, now: () => number = () => performance.now()) {
     this.#perMinute = perMinute;
+    this.#what = what;
     this.#now = now;
   }
 
@@ -35,7 +40,7 @@ export class RateLimit {
       this.#buckets.delete(oldest);
     }
     if (bucket.tokens < 1) {
-      throw new LaminaError('overloaded', `more than ${this.#perMinute} requests a minute of "${client}"`, {
+      throw new LaminaError('overloaded', `more than ${this.#perMinute} ${this.#what} a minute of "${client}"`, {
         retryAfterMs: Math.ceil((1 - bucket.tokens) / perMs),
       });
     }

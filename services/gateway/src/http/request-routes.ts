@@ -1,5 +1,8 @@
 /**
  * Owns /v1/requests: the state of a request, its tokens from any index on, and its cancellation, at any gateway.
+ *
+ * Invariants
+ * 1. All of it is counted, and beyond the rate answered with the time after which to try again. Such a cancel was not done.
  */
 import { idSchema } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
@@ -23,7 +26,7 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
   }
 
   server.get<WithId>('/v1/requests/:id', async ({ headers, params }) => {
-    const client = access.identify(headers);
+    const client = access.admit(headers, 'followUps');
     const id = checkedId(params.id);
     const state = await gateway.stateOf(access.requestIdOf(client, id));
     if (state === 'unknown') throw unknown(id);
@@ -31,7 +34,7 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
   });
 
   server.get<WithId>('/v1/requests/:id/events', async (request, reply) => {
-    const client = access.admit(request.headers);
+    const client = access.admit(request.headers, 'followUps');
     const id = checkedId(request.params.id);
     const afterIndex = lastEventIndex(request);
     const requestId = access.requestIdOf(client, id);
@@ -54,7 +57,7 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
   });
 
   server.delete<WithId>('/v1/requests/:id', async ({ headers, params }, reply) => {
-    const client = access.identify(headers);
+    const client = access.admit(headers, 'followUps');
     const id = checkedId(params.id);
     const requestId = access.requestIdOf(client, id);
     // Also where nothing is known: a durable prompt may still be in its stream.
