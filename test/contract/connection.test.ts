@@ -5,6 +5,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { Worker } from 'node:worker_threads';
 import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { decodeTokens, ENDPOINTS, EVENTS } from '@lamina/protocol';
 import { startNatsServer } from '@lamina/testkit/nats-server';
@@ -37,6 +38,57 @@ test.each(['SIGKILL', 'SIGSTOP'] as const)(
   },
   20_000,
 );
+
+const BUS = new URL('../../packages/bus/dist/index.js', import.meta.url).href;
+/** A thread with a connection, whose event loop then stands still for `workerData.stillMs`; says what its connection saw. */
+const STILL_THREAD = `
+  const { parentPort, workerData } = require('node:worker_threads');
+  const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+  import(workerData.bus).then(async ({ Bus }) => {
+    const options = { url: workerData.url, name: 'still', connectTimeoutMs: 5_000 };
+    const bus = await Bus.connect(options, { onError: () => undefined });
+    const seen = [];
+    bus.onStatus((type) => seen.push(type));
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, workerData.stillMs);
+    await sleep(1_000);
+    await bus.flush();
+    parentPort.postMessage(seen);
+    await bus.close();
+  });`;
+
+describe.concurrent('a connection', () => {
+  test('to a server that stands still is given up after 10 to 15 s, and made again', { timeout: 40_000 }, async () => {
+    const silent = await startNatsServer();
+    const bus = await connect(silent.url);
+    const changes: string[] = [];
+    bus.onStatus((type) => changes.push(type));
+    const seen = (type: string): Promise<unknown> =>
+      eventually(() => (changes.includes(type) ? true : undefined), 25_000);
+    process.kill(silent.pid!, 'SIGSTOP');
+    const startedMs = performance.now();
+    await seen('disconnect');
+    const noticedMs = performance.now() - startedMs;
+    process.kill(silent.pid!, 'SIGCONT');
+    await seen('reconnect');
+    await bus.flush();
+    await bus.close();
+    await silent.stop();
+    expect(noticedMs).toBeGreaterThan(9_900);
+    expect(noticedMs).toBeLessThan(16_000);
+  });
+
+  test('of a thread that stands still for longer is kept', { timeout: 40_000 }, async () => {
+    const server = await startNatsServer();
+    const workerData = { url: server.url, bus: BUS, stillMs: 17_000 };
+    const worker = new Worker(STILL_THREAD, { eval: true, workerData });
+    const [seen] = await once(worker, 'message');
+    await once(worker, 'exit');
+    await server.stop();
+    // It pinged, and was answered.
+    expect(seen).toContain('pingTimer');
+    expect(seen).not.toContain('disconnect');
+  });
+});
 
 describe('a server', () => {
   test('without JetStream it is nats_unreachable, with what to do', async () => {

@@ -6,20 +6,27 @@
  * 1. The first connection is retried for `connectTimeoutMs` and then fails with one clear error; one that was once made is
  *    remade for ever, with its subscriptions.
  * 2. What is published without a connection is lost: whoever must be heard waits for an answer and tries again.
- * 3. A connection on which nothing answers for MAX_SILENT_PINGS pings is cut; one whose own thread was busy is not.
+ * 3. A connection on which nothing answers for MAX_UNANSWERED_PINGS pings is cut; one whose own thread was busy is not.
  * 4. A callback that throws is reported and changes nothing else.
  */
 import { lookup } from 'node:dns/promises';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import type { BusEvents, Subscription } from './bus.ts';
-import { type BusOptions, RETRY_INTERVAL_MS, readPassword, refused, serversOf, unreachable } from './connection.ts';
+import {
+  type BusOptions,
+  MAX_UNANSWERED_PINGS,
+  PING_INTERVAL_MS,
+  RETRY_INTERVAL_MS,
+  readPassword,
+  refused,
+  serversOf,
+  unreachable,
+} from './connection.ts';
 import { LINE_KIND, NativeSocket } from './native-socket.ts';
 import { readServerInfo, type ServerInfo } from './server-info.ts';
 import type { HeldMemory, LinkMessage, LinkStatus, TensorLink } from './tensor-link.ts';
 
 const LOGIN_TIMEOUT_MS = 5_000;
-const PING_INTERVAL_MS = 5_000;
-const MAX_SILENT_PINGS = 2;
 const CLOSE_TIMEOUT_MS = 2_000;
 const DEFAULT_PORT = 4222;
 const DEFAULT_MAX_PAYLOAD_BYTES = 1_048_576;
@@ -276,7 +283,7 @@ export class NativeLink implements TensorLink {
   }
 
   #ping(socket: NativeSocket): void {
-    if (++this.#numSilentPings > MAX_SILENT_PINGS) {
+    if (++this.#numSilentPings > MAX_UNANSWERED_PINGS) {
       socket.close();
       return;
     }
