@@ -5,6 +5,7 @@
  * 1. Whatever fails, load and faults have both ended when `judge` settles: nothing goes on in a cluster that stops.
  * 2. The seed and the name of the scenario give the moments, whichever scenarios run before it.
  */
+import { ACK_WAIT_MS } from '@lamina/bus';
 import type { ChaosCluster } from './chaos-cluster.ts';
 import { Random } from './random.ts';
 import { type ChaosRow, percentiles } from './report.ts';
@@ -26,8 +27,11 @@ export interface Trial {
 }
 
 const BUSY_TIMEOUT_MS = 10_000;
-/** Once a fault is made good and everything goes on, a sign of it can hardly come any more. */
-const LATE_SIGN_MS = 2_000;
+/**
+ * Once a fault is made good and everything goes on, a sign of it can hardly come any more. Nobody waits for a request that has no
+ * token yet, and what a dead executor had of those is taken up only when the queue has missed it.
+ */
+const LATE_SIGN_MS = ACK_WAIT_MS + 1_000;
 
 /** Numbers of one scenario's own, from its seed and its name. */
 export function randomOf({ name, seed }: Pick<Trial, 'name' | 'seed'>): Random {
@@ -48,7 +52,7 @@ export async function judge(tested: ChaosCluster, load: Load, trial: Trial): Pro
       await sleep(random.between(100, 1_200));
       const busyByMs = performance.now() + BUSY_TIMEOUT_MS;
       while (workload.numRunning < load.concurrency / 2 && performance.now() < busyByMs) await sleep(20);
-      await fault.ready?.();
+      await fault.ready?.(random);
       const delays = workload.watch();
       const sign = fault.sign?.();
       await fault.act(random);

@@ -2,9 +2,11 @@
  * Owns the kinds of fault: what is done to which cluster, how it is made good, and by what it shows that it was noticed.
  * A scenario is one row of the table, and one row of the report.
  */
+import type { Child } from '@lamina/cli';
 import type { Service } from '@lamina/runtime';
 import type { ChaosCluster } from './chaos-cluster.ts';
 import { type ClusterKind, diskOf } from './clusters.ts';
+import { inUse } from './in-use.ts';
 import { canPartition, IsolatedShard } from './isolated-shard.ts';
 import type { Random } from './random.ts';
 import type { Sign } from './sign.ts';
@@ -14,7 +16,7 @@ import { sleep } from './workload.ts';
 
 export interface Fault {
   /** Resolves when it would hit something; absent where it always does. Rejects when that is not so in time. */
-  ready?(): Promise<void>;
+  ready?(random: Random): Promise<void>;
   /** Makes it, and makes it good. */
   act(random: Random): Promise<void>;
   /** By what the cluster shows that it has noticed; absent where that cannot be seen. */
@@ -55,28 +57,40 @@ const signOf = (tested: ChaosCluster, service: Service): Fault['sign'] => {
   return sign === undefined ? undefined : () => sign(tested);
 };
 
-/** One process of each of these services dies, and another starts a moment later. */
+/** What is done to one running process of each of these services, once all of those hold work. */
+function onVictims(
+  services: readonly Service[],
+  scenario: { readonly name: string; readonly numFaults: Scenario['numFaults'] },
+  harm: (victims: readonly Child[], tested: ChaosCluster, random: Random) => Promise<void>,
+): Scenario {
+  return onPlain(scenario.name, scenario.numFaults, (tested) => {
+    let victims: readonly Child[] = [];
+    return {
+      ready: async (random) => {
+        victims = services.map((service) => tested.victim(service, random));
+        await Promise.all(services.map((service, index) => inUse(tested.cluster, service, victims[index]!)));
+      },
+      sign: signOf(tested, services[0]!),
+      act: (random) => harm(victims, tested, random),
+    };
+  });
+}
+
+/** They die, and others start a moment later. */
 function killed(services: readonly Service[], name: string, numFaults: Scenario['numFaults']): Scenario {
-  return onPlain(name, numFaults, (tested) => ({
-    sign: signOf(tested, services[0]!),
-    act: async (random) => {
-      for (const service of services) tested.victim(service, random).kill('SIGKILL');
-      await sleep(random.between(0, 800));
-      await Promise.all(services.map((service) => tested.cluster.add(service)));
-    },
-  }));
+  return onVictims(services, { name, numFaults }, async (victims, tested, random) => {
+    for (const victim of victims) victim.kill('SIGKILL');
+    await sleep(random.between(0, 800));
+    await Promise.all(services.map((service) => tested.cluster.add(service)));
+  });
 }
 
 function stopped(service: Service): Scenario {
-  return onPlain(`stop ${service}`, STALLS, (tested) => ({
-    sign: signOf(tested, service),
-    act: async (random) => {
-      const victim = tested.victim(service, random);
-      victim.kill('SIGSTOP');
-      await sleep(STALL_MS);
-      victim.kill('SIGCONT');
-    },
-  }));
+  return onVictims([service], { name: `stop ${service}`, numFaults: STALLS }, async ([victim]) => {
+    victim!.kill('SIGSTOP');
+    await sleep(STALL_MS);
+    victim!.kill('SIGCONT');
+  });
 }
 
 /** Messages of two of the three shards are harmed on their way. */

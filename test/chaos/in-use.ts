@@ -1,0 +1,71 @@
+/**
+ * Owns waiting until a process holds something of requests that run: whoever kills it before takes nothing from anybody.
+ * What it holds is asked of the processes themselves and of the queue.
+ */
+import { ACK_WAIT_MS } from '@lamina/bus';
+import type { Child, Cluster } from '@lamina/cli';
+import { ENDPOINTS, SERVICE_NAMES, STREAMS, SUBJECTS, unpackMessage } from '@lamina/protocol';
+import type { Service } from '@lamina/runtime';
+import { sleep } from './workload.ts';
+
+const POLL_MS = 50;
+const DISCOVERY_MS = 200;
+const REQUEST_TIMEOUT_MS = 2_000;
+/** Some redeliveries long: what the process before held is first taken up by others. */
+const TIMEOUT_MS = 8 * ACK_WAIT_MS;
+
+/**
+ * Resolves when the process holds work: a dense-executor runs requests, and so do the others all those that the queue has
+ * given out (so what is taken up later was its own); an attention-shard holds blocks. Others at once.
+ * @throws Error when that is not so in time.
+ */
+export async function inUse(cluster: Cluster, service: Service, child: Child): Promise<void> {
+  const problemOf =
+    service === 'dense-executor' ? unusedExecutor : service === 'attention-shard' ? unusedShard : undefined;
+  if (problemOf === undefined) return;
+  const deadlineMs = performance.now() + TIMEOUT_MS;
+  for (;;) {
+    const problem = await problemOf(cluster, child).catch(String);
+    if (problem === undefined) return;
+    if (performance.now() > deadlineMs)
+      throw new Error(`${child.name} is not in use after ${TIMEOUT_MS} ms: ${problem}`);
+    await sleep(POLL_MS);
+  }
+}
+
+/** The $SRV ids and the names that the running processes of a service have, by process id. */
+async function instancesOf(cluster: Cluster, service: Service): Promise<Map<number, { id: string; name: string }>> {
+  const found = await cluster.bus.serviceStats(SERVICE_NAMES[service], DISCOVERY_MS);
+  return new Map(found.map(({ id, metadata }) => [Number(metadata.pid), { id, name: String(metadata.instance) }]));
+}
+
+async function unusedExecutor(cluster: Cluster, child: Child): Promise<string | undefined> {
+  const instances = await instancesOf(cluster, 'dense-executor');
+  const { connection } = cluster.bus;
+  const manager = await connection.jetstreamManager({ timeout: REQUEST_TIMEOUT_MS, checkAPI: false });
+  const numGivenOut = async (): Promise<number> =>
+    (await manager.consumers.info(STREAMS.work.name, STREAMS.work.durableConsumer)).num_ack_pending;
+  const numRunning = async (process: Child): Promise<number> => {
+    const instance = instances.get(process.pid ?? 0);
+    if (instance === undefined) throw new Error(`${process.name} does not answer $SRV.STATS`);
+    const subject = SUBJECTS.status(instance.id);
+    const { data } = await connection.request(subject, undefined, { timeout: REQUEST_TIMEOUT_MS });
+    return Number(Object(unpackMessage(data)).runningRequests);
+  };
+  const others = cluster.processes('dense-executor').filter((process) => process.isRunning && process !== child);
+  const before = await numGivenOut();
+  const [own, ...theirs] = await Promise.all([child, ...others].map(numRunning));
+  const after = await numGivenOut();
+  const isSettled = before === after && after === theirs.reduce((sum, each) => sum + each, own!);
+  if (own! > 0 && isSettled) return undefined;
+  return `it runs ${own}, the others ${theirs.join(', ')} of ${before}, then ${after} requests`;
+}
+
+async function unusedShard(cluster: Cluster, child: Child): Promise<string | undefined> {
+  const instance = (await instancesOf(cluster, 'attention-shard')).get(child.pid ?? 0);
+  if (instance === undefined) return 'it does not answer $SRV.STATS';
+  const { shards } = await cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: REQUEST_TIMEOUT_MS });
+  // Every life but its first has a number behind the name.
+  const own = shards.find(({ shardId }) => shardId === instance.name || shardId.startsWith(`${instance.name}-`));
+  return own !== undefined && own.usedBlocks > 0 ? undefined : 'it holds no block of a request';
+}
