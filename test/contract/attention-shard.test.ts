@@ -20,8 +20,9 @@ import {
 } from '@lamina/protocol';
 import { type AttentionSpec, blockBytes } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
-import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test, vi } from 'vitest';
 import { startAttentionShard } from '../../services/attention-shard/src/service.ts';
+import { TensorPlane } from '../../services/attention-shard/src/tensor-plane.ts';
 import { startKvManager } from '../../services/kv-manager/src/service.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
 
@@ -287,6 +288,57 @@ test('bad frames are answered with a failure that echoes their header, and the s
   sendLayer(0, qkv);
   expectClose((await answer(6)).body, oracle([{ qkv, numTokens: 5 }]));
   expect(await shard.context.registry.metrics()).toContain('lamina_shard_failures_total 8');
+});
+
+test('brief layers after the first are answered where they arrive; what is odd about a frame is answered as before', async () => {
+  const seen = vi.spyOn(TensorPlane.prototype, 'onMessage');
+  const plan = prefillPlan(5, [3]);
+  const [first, second] = [randomLayer(plan), randomLayer(plan)];
+  sendPlan(plan);
+  sendLayer(0, first);
+  await answer(0);
+  expect(seen).toHaveBeenCalledTimes(2);
+  const header = headerOf({ kind: FRAME_KIND.attend, layer: 1, bodyBytes: second.byteLength });
+  const damaged = new Uint8Array(FRAME_HEADER_BYTES + second.byteLength);
+  writeFrameHeader(damaged, header);
+  damaged[30]! ^= 1;
+  bus.publish(SUBJECTS.shardTensors(shardId), damaged);
+  expect(await failure(1)).toMatchObject({ code: 'unavailable', header: { stepId: 5, layer: 0 } });
+  sendLayer(1, second.slice(1));
+  expect(await failure(2)).toMatchObject({ code: 'protocol_violation', header: { stepId: 5, layer: 1 } });
+  sendLayer(1, second, { waveIndex: 2 });
+  sendLayer(1, second, { stepId: 4 });
+  expect(await failure(3)).toMatchObject({ message: expect.stringContaining('step 4') });
+  sendLayer(0, first);
+  sendLayer(1, second);
+  const { header: answered, body } = await answer(4);
+  expect(answered).toEqual(headerOf({ kind: FRAME_KIND.partial, layer: 1, bodyBytes: partialBytes(5, WIRE) }));
+  expectClose(body, oracle([{ qkv: second, numTokens: 5 }]));
+  expect(seen).toHaveBeenCalledTimes(7);
+  sendLayer(1, second);
+  sendLayer(2, second);
+  expect(await failure(5)).toMatchObject({ message: expect.stringContaining('layer 2') });
+  expect(seen).toHaveBeenCalledTimes(9);
+
+  // Checksums of tensors are checked by JavaScript.
+  sendPlan(plan, { stepId: 6 });
+  for (const layer of [0, 1]) {
+    const isChecked = headerOf({
+      kind: FRAME_KIND.attend,
+      layer,
+      stepId: 6,
+      bodyBytes: second.byteLength,
+      isBodyChecked: true,
+    });
+    const message = new Uint8Array(FRAME_HEADER_BYTES + second.byteLength);
+    message.set(new Uint8Array(second.buffer), FRAME_HEADER_BYTES);
+    writeFrameHeader(message, isChecked);
+    bus.publish(SUBJECTS.shardTensors(shardId), message);
+    expect((await answer(6 + layer)).header).toMatchObject({ kind: FRAME_KIND.partial, layer, isBodyChecked: true });
+  }
+  expect(seen).toHaveBeenCalledTimes(12);
+  expect(await shard.context.registry.metrics()).toContain('lamina_shard_attend_seconds_count 4');
+  seen.mockRestore();
 });
 
 test('a layer that comes twice while it is in flight is answered once', async () => {

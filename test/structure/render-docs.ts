@@ -74,17 +74,14 @@ ${table(['role', 'may publish', 'may subscribe'], permissions)}
 
 export function renderConfiguration(): string {
   const names = Object.keys(SETTINGS).filter((name): name is SettingName => Object.hasOwn(SETTINGS, name));
-  const machineDependent = new Set<SettingName>(['intraOpThreads', 'attentionThreads']);
+  const machineDependent = new Map<SettingName, string>([
+    ['intraOpThreads', 'half the cores'],
+    ['attentionThreads', 'all cores'],
+  ]);
   const rows = names.map((name) => {
     const { env, fallback, meaning, usedBy } = SETTINGS[name];
     const users = usedBy.length === SERVICES.length ? 'all' : usedBy.join(', ');
-    return [
-      `\`${env}\``,
-      `\`--${flagOf(name)}\``,
-      machineDependent.has(name) ? 'half the cores' : `\`${fallback}\``,
-      users,
-      meaning,
-    ];
+    return [`\`${env}\``, `\`--${flagOf(name)}\``, machineDependent.get(name) ?? `\`${fallback}\``, users, meaning];
   });
   const hub = Object.entries(HUB_VARIABLES).map(([name, meaning]) => [`\`${name}\``, meaning]);
   const launcher = Object.entries(LAUNCHER_VARIABLES).map(([name, meaning]) => [`\`${name}\``, meaning]);

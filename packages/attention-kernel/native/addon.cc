@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu_dispatch.h"
+#include "layer_frames.h"
 #include "napi_values.h"
 #include "worker_pool.h"
 #include "yardsticks.h"
@@ -32,16 +33,54 @@ struct KernelHandle {
   napi_threadsafe_function completion = nullptr;
   /** Attends whose `onDone` has not been called. Touched on the event loop only. */
   int32_t num_in_flight = 0;
+  /** Made when JavaScript asks for it. */
+  std::shared_ptr<LayerFrames> frames;
+};
+
+/** JavaScript memory that is used between calls. */
+class KeptMemory {
+ public:
+  void keep(napi_env env, napi_value value) {
+    env_ = env;
+    references_.emplace_back();
+    napi_create_reference(env, value, 1, &references_.back());
+  }
+  void release() {
+    for (napi_ref reference : references_) napi_delete_reference(env_, reference);
+    references_.clear();
+  }
+
+ private:
+  napi_env env_ = nullptr;
+  std::vector<napi_ref> references_;
 };
 
 struct StepHandle {
   static constexpr uint64_t kMagic = 0x6c616d696e615331;
   uint64_t magic = kMagic;
   std::shared_ptr<Step> step;
+  std::unique_ptr<ArmedStep> armed;
+  /** Where it is armed. */
+  std::shared_ptr<LayerFrames> frames;
+  KeptMemory kept;
+
+  void end() {
+    if (armed != nullptr) frames->disarm(armed.get());
+    armed.reset();
+    kept.release();
+    step.reset();
+  }
+};
+
+/** What a link is given. */
+struct FramesHandle : FrameHandler {
+  std::shared_ptr<LayerFrames> frames;
+  KeptMemory kept;
 };
 
 void shut_down(void* data) {
   KernelHandle* kernel = static_cast<KernelHandle*>(data);
+  if (kernel->frames != nullptr) kernel->frames->close();
   kernel->pool.reset();
   if (kernel->completion != nullptr) napi_release_threadsafe_function(kernel->completion, napi_tsfn_abort);
   kernel->completion = nullptr;
@@ -182,14 +221,114 @@ napi_value begin_step(napi_env env, napi_callback_info info) {
                                        num_kv_rows, std::move(segments), std::move(blocks), std::move(kv_slots));
     napi_value handle;
     if (napi_create_external(
-            env, box.get(), [](napi_env, void* data, void*) { delete static_cast<StepHandle*>(data); }, nullptr,
-            &handle) != napi_ok)
+            env, box.get(),
+            [](napi_env, void* data, void*) {
+              StepHandle* dead = static_cast<StepHandle*>(data);
+              dead->end();
+              delete dead;
+            },
+            nullptr, &handle) != napi_ok)
       return fail(env, "no handle could be made");
     box.release();
     return handle;
   } catch (const std::exception&) {
     return fail(env, "out of memory");
   }
+}
+
+/** Behind others a job waits for its turn, and for theirs to be reported. */
+bool run_at_once(KernelHandle& kernel, const Job& job) {
+  if (kernel.num_in_flight > 0) return false;
+  kernel.pool->run_here(job);
+  return true;
+}
+
+/** frameHandler(kernel, counts, durations): what a link answers the frames of armed steps with. Once per kernel. */
+napi_value frame_handler(napi_env env, napi_callback_info info) {
+  napi_value args[3];
+  if (!read_arguments(env, info, 3, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  void* counts = nullptr;
+  void* durations = nullptr;
+  size_t num_counts = 0;
+  size_t num_durations = 0;
+  if (!read_typed_array(env, args[1], napi_float64_array, &counts, &num_counts) ||
+      !read_typed_array(env, args[2], napi_float64_array, &durations, &num_durations))
+    return nullptr;
+  if (num_counts != kNumLayerCounts || num_durations == 0 || kernel->frames != nullptr)
+    return fail(env, "counts of another length, no durations, or a second handler");
+  kernel->frames = std::make_shared<LayerFrames>(
+      kernel->engine, [kernel](const Job& job) { return run_at_once(*kernel, job); }, static_cast<double*>(counts),
+      static_cast<double*>(durations), num_durations);
+  std::unique_ptr<FramesHandle> box(new FramesHandle());
+  box->frames = kernel->frames;
+  box->context = kernel->frames.get();
+  box->handle = [](void* context, const uint8_t* data, size_t length, FrameAnswer* answer) {
+    return static_cast<LayerFrames*>(context)->handle(data, length, answer);
+  };
+  box->kept.keep(env, args[1]);
+  box->kept.keep(env, args[2]);
+  napi_value handle;
+  // As a FrameHandler: that is what the link reads.
+  if (napi_create_external(
+          env, static_cast<FrameHandler*>(box.get()),
+          [](napi_env, void* data, void*) {
+            FramesHandle* dead = static_cast<FramesHandle*>(static_cast<FrameHandler*>(data));
+            dead->frames->close();
+            dead->kept.release();
+            delete dead;
+          },
+          nullptr, &handle) != napi_ok) {
+    box->kept.release();
+    return fail(env, "no handle could be made");
+  }
+  box.release();
+  return handle;
+}
+
+/** armStep(kernel, step, expectedHeader, answer, reply, state, kvTokens): from now on its frames need no JavaScript. */
+napi_value arm_step(napi_env env, napi_callback_info info) {
+  napi_value args[7];
+  if (!read_arguments(env, info, 7, args)) return nullptr;
+  KernelHandle* kernel = read_kernel(env, args[0]);
+  if (kernel == nullptr) return nullptr;
+  StepHandle* box = read_external<StepHandle>(env, args[1]);
+  if (box == nullptr) return nullptr;
+  void* expected = nullptr;
+  void* answer = nullptr;
+  void* state = nullptr;
+  void* kv_tokens = nullptr;
+  size_t expected_bytes = 0;
+  size_t num_states = 0;
+  size_t num_layers = 0;
+  std::unique_ptr<ArmedStep> armed(new ArmedStep());
+  if (!read_typed_array(env, args[2], napi_uint8_array, &expected, &expected_bytes) ||
+      !read_typed_array(env, args[3], napi_uint8_array, &answer, &armed->answer_bytes) ||
+      !read_string(env, args[4], &armed->reply) ||
+      !read_typed_array(env, args[5], napi_int32_array, &state, &num_states) ||
+      !read_typed_array(env, args[6], napi_float64_array, &kv_tokens, &num_layers))
+    return nullptr;
+  if (kernel->frames == nullptr || box->step == nullptr || box->armed != nullptr)
+    return fail(env, "the kernel has no frame handler, or the step has ended or is armed");
+  const KvShape& shape = kernel->engine.shape;
+  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
+  const size_t cells = size_t(box->step->num_query_rows) * shape.num_heads;
+  const size_t kv_cells = size_t(box->step->num_kv_rows) * shape.num_kv_heads;
+  if (expected_bytes != kFrameHeaderBytes || num_states != kNumStepStates || num_layers != size_t(shape.num_layers) ||
+      armed->answer_bytes != kFrameHeaderBytes + cells * (head_bytes + 4))
+    return fail(env, "lengths do not fit the step");
+  armed->step = box->step;
+  memcpy(armed->expected, expected, kFrameHeaderBytes);
+  armed->attend_bytes = head_bytes * (cells + 2 * kv_cells);
+  armed->answer = static_cast<uint8_t*>(answer);
+  armed->state = static_cast<int32_t*>(state);
+  armed->kv_tokens = static_cast<const double*>(kv_tokens);
+  for (const int i : {3, 5, 6}) box->kept.keep(env, args[i]);
+  box->armed = std::move(armed);
+  box->frames = kernel->frames;
+  box->frames->arm(box->armed.get());
+  return nullptr;
 }
 
 /** attend(kernel, step, layer, qkv, out, id): true when it is done already; else onDone(id) is called later. */
@@ -219,11 +358,8 @@ napi_value attend(napi_env env, napi_callback_info info) {
       out_bytes != cells * (head_bytes + 4))
     return fail(env, "layer or buffer length does not fit the step");
   Job job{uint32_t(id), box->step, layer, static_cast<const uint8_t*>(qkv), static_cast<uint8_t*>(out)};
-  // Behind others it waits for its turn, and for theirs to be reported.
-  const bool is_done = kernel->num_in_flight == 0 && kernel->engine.division_of(job).is_brief;
-  if (is_done) {
-    kernel->pool->run_here(job);
-  } else {
+  const bool is_done = kernel->engine.division_of(job).is_brief && run_at_once(*kernel, job);
+  if (!is_done) {
     if (kernel->num_in_flight++ == 0) napi_ref_threadsafe_function(env, kernel->completion);
     kernel->pool->submit(std::move(job));
   }
@@ -237,7 +373,7 @@ napi_value end_step(napi_env env, napi_callback_info info) {
   napi_value args[1];
   if (!read_arguments(env, info, 1, args)) return nullptr;
   StepHandle* box = read_external<StepHandle>(env, args[0]);
-  if (box != nullptr) box->step.reset();
+  if (box != nullptr) box->end();
   return nullptr;
 }
 
@@ -370,7 +506,8 @@ NAPI_MODULE_INIT() {
                    {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read},
                    {"measurePeakFlops", measure_peak_flops},
                    {"toHalves", to_halves},     {"toFloats", to_floats},
-                   {"argmax", argmax}};
+                   {"argmax", argmax},          {"frameHandler", frame_handler},
+                   {"armStep", arm_step}};
   for (const auto& entry : functions) {
     napi_value function;
     if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||

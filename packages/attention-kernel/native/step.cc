@@ -12,8 +12,8 @@ static constexpr int64_t kStoreUnitElements = 32768;
 static constexpr int64_t kUnitsPerThread = 6;
 /** KV tokens of one head for which a thread is woken: some twenty microseconds of fp16 with head_dim 64. */
 static constexpr int64_t kMinWorkerTokens = 1024;
-/** Multiply-adds of a product: what one thread does in the time of some two wake-ups. */
-static constexpr int64_t kBriefWork = 1 << 20;
+/** Multiply-adds per thread for which the event loop may wait: half a millisecond or so. */
+static constexpr int64_t kBriefWork = 1 << 23;
 /** Below so many query rows memory is what takes the time. */
 static constexpr int64_t kMemoryBoundRows = 4;
 /** What a query row costs that sees nothing, in tokens that it would see. */
@@ -81,8 +81,8 @@ static size_t divide(Division& division, const Step& step, const KvShape& shape,
       }
     }
   }
-  division.is_brief = work <= kBriefWork && step.num_store_units <= 1;
   division.num_workers = int32_t(std::max<int64_t>(1, std::min<int64_t>(num_threads, total_tokens / kMinWorkerTokens)));
+  division.is_brief = work <= kBriefWork * division.num_workers && step.num_store_units <= 1;
   const std::vector<Group>& groups = division.groups;
   division.pending.reset(new std::atomic<int32_t>[std::max<size_t>(1, groups.size())]);
   for (size_t i = 0; i < groups.size(); i++) division.pending[i].store(groups[i].num_units);

@@ -50,7 +50,7 @@ struct Division {
   std::vector<Unit> units;
   /** Threads that are worth waking: below, more of them cost more than they save. */
   int32_t num_workers;
-  /** So little work that waking a thread and being woken by it takes longer. */
+  /** So little work that the event loop may do it, with what threads are worth waking, and not be woken when it is done. */
   bool is_brief;
   /** Units of each group that have not finished in the current attend. */
   std::unique_ptr<std::atomic<int32_t>[]> pending;

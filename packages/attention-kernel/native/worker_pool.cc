@@ -6,6 +6,8 @@
 
 namespace lamina {
 
+/** Looks at whether others have finished, before sleeping until they have: what is left is a unit each at most. */
+static constexpr int32_t kSpins = 100;
 /** Claims that each thread could still make of what is left: many units at first, single ones at the end. */
 static constexpr int32_t kClaimsPerThread = 4;
 
@@ -34,7 +36,32 @@ void WorkerPool::stop() {
 
 void WorkerPool::run_here(const Job& job) {
   for (int32_t unit = 0; unit < job.step->num_store_units; unit++) run_store_unit(engine_, job, unit);
-  run_attend_units(engine_, job, 0, int32_t(engine_.division_of(job).units.size()), caller_scratch_.view());
+  const Division& division = engine_.division_of(job);
+  const int32_t num_units = int32_t(division.units.size());
+  const int32_t num_helpers = std::min(division.num_workers, num_threads()) - 1;
+  if (num_helpers < 1) {
+    run_attend_units(engine_, job, 0, num_units, caller_scratch_.view());
+    return;
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  jobs_.push_back(job);
+  is_callers_ = true;
+  phase_ = Phase::kAttend;
+  next_unit_ = 0;
+  finished_units_ = 0;
+  num_units_ = num_units;
+  for (int32_t i = 0; i < num_helpers; i++) changed_.notify_one();
+  while (has_unit()) run_units(lock, caller_scratch_.view());
+  const auto is_done = [this] { return finished_units_ == num_units_; };
+  for (int32_t i = 0; i < kSpins && !is_done(); i++) {
+    lock.unlock();
+    std::this_thread::yield();
+    lock.lock();
+  }
+  callers_done_.wait(lock, is_done);
+  jobs_.pop_front();
+  phase_ = Phase::kIdle;
+  is_callers_ = false;
 }
 
 void WorkerPool::submit(Job job) {
@@ -78,21 +105,29 @@ void WorkerPool::run(int32_t worker) {
   for (;;) {
     changed_.wait(lock, [this] { return stopping_ || has_unit(); });
     if (stopping_) return;
-    const int32_t begin = next_unit_;
-    const int32_t end = begin + std::max(1, (num_units_ - begin) / (num_threads() * kClaimsPerThread));
-    next_unit_ = end;
-    const Phase phase = phase_;
-    // The front job stays in place until all its units, this one included, have finished.
-    const Job& job = jobs_.front();
-    lock.unlock();
-    if (phase == Phase::kStore)
-      for (int32_t unit = begin; unit < end; unit++) run_store_unit(engine_, job, unit);
+    run_units(lock, scratch);
+    if (finished_units_ < num_units_) continue;
+    if (is_callers_)
+      callers_done_.notify_one();
     else
-      run_attend_units(engine_, job, begin, end, scratch);
-    lock.lock();
-    finished_units_ += end - begin;
-    if (finished_units_ == num_units_) advance();
+      advance();
   }
+}
+
+void WorkerPool::run_units(std::unique_lock<std::mutex>& lock, const Scratch& scratch) {
+  const int32_t begin = next_unit_;
+  const int32_t end = begin + std::max(1, (num_units_ - begin) / (num_threads() * kClaimsPerThread));
+  next_unit_ = end;
+  const Phase phase = phase_;
+  // The front job stays in place until all its units, these included, have finished.
+  const Job& job = jobs_.front();
+  lock.unlock();
+  if (phase == Phase::kStore)
+    for (int32_t unit = begin; unit < end; unit++) run_store_unit(engine_, job, unit);
+  else
+    run_attend_units(engine_, job, begin, end, scratch);
+  lock.lock();
+  finished_units_ += end - begin;
 }
 
 }  // namespace lamina

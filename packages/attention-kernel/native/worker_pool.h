@@ -6,7 +6,8 @@
 //    there are no claims of a past phase to guard against.
 // 3. An idle worker sleeps on the condition variable; a phase wakes as many as its work is worth, and a worker that starts
 //    one works on it itself.
-// 4. `on_done` is called in FIFO order, from a worker, with the mutex held: it must only hand the id over.
+// 4. A job of the caller's own is alone in the queue: the caller works on it too, and is woken when the last unit is another's.
+// 5. `on_done` is called in FIFO order, from a worker, with the mutex held: it must only hand the id over.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -29,7 +30,7 @@ class WorkerPool {
   WorkerPool& operator=(const WorkerPool&) = delete;
 
   void submit(Job job);
-  /** Does a job on the caller's thread. No other may be submitted and not done. */
+  /** Does a job on the caller's thread, and on as many others as it is worth. No other may be submitted and not done. */
   void run_here(const Job& job);
   int32_t num_threads() const { return int32_t(scratch_.size()); }
 
@@ -37,6 +38,8 @@ class WorkerPool {
   enum class Phase { kIdle, kStore, kAttend };
 
   void run(int32_t worker);
+  /** Claims units of the front job and does them, unlocked meanwhile. */
+  void run_units(std::unique_lock<std::mutex>& lock, const Scratch& scratch);
   void stop();
   /**
    * Moves to the next phase that has units, through finished jobs, and wakes all but one of the workers that it is worth.
@@ -57,6 +60,9 @@ class WorkerPool {
   int32_t finished_units_ = 0;
   int32_t num_units_ = 0;
   bool stopping_ = false;
+  /** The front job is that of a caller who waits for it. */
+  bool is_callers_ = false;
+  std::condition_variable callers_done_;
   std::vector<std::thread> threads_;
 };
 

@@ -8,7 +8,7 @@
  * 3. The slab is freed only when nothing is in flight.
  */
 import { type KvLayout, LaminaError } from '@lamina/tensor';
-import type { AttentionKernel, KernelName, KernelStep, StepPlan } from './kernel.ts';
+import type { AttentionKernel, KernelName, KernelStep, LayerFrames, StepPlan } from './kernel.ts';
 import { type CheckedPlan, checkAttend, checkPlan } from './plan-check.ts';
 
 export class Step<State> implements KernelStep {
@@ -42,6 +42,7 @@ const MAX_ID = 2 ** 31 - 1;
 
 export abstract class KernelBase<State> implements AttentionKernel {
   abstract readonly name: KernelName;
+  readonly frames: LayerFrames | undefined = undefined;
   readonly layout: KvLayout;
   readonly numBlocks: number;
   readonly #pending = new Map<number, PendingAttend<State>>();
@@ -70,8 +71,8 @@ export abstract class KernelBase<State> implements AttentionKernel {
 
   attend(step: KernelStep, layer: number, qkv: Uint8Array, out: Uint8Array, done: (error: Error | null) => void): void {
     this.#checkOpen();
-    const { state, checked } = this.#own(step);
-    if (state === null) throw new LaminaError('internal', 'attend: the step has ended');
+    const { checked } = this.#own(step);
+    const state = this.stateOf(step);
     checkAttend(checked, this.layout, layer, qkv, out);
     const id = this.#nextId;
     this.#nextId = id === MAX_ID ? 0 : id + 1;
@@ -115,6 +116,13 @@ export abstract class KernelBase<State> implements AttentionKernel {
     this.#pending.delete(id);
     if (this.#pending.size === 0) this.#onIdle?.();
     pending.done(error);
+  }
+
+  /** @throws LaminaError `internal` when the step has ended, or is another kernel's. */
+  protected stateOf(step: KernelStep): State {
+    const { state } = this.#own(step);
+    if (state === null) throw new LaminaError('internal', 'the step has ended');
+    return state;
   }
 
   #checkOpen(): void {

@@ -9,6 +9,7 @@
  * 4. q, k, v and o are of the dtype of the KV: f16 loses nothing of K and V, and of q and o no more than of K and V.
  */
 import type { KvLayout } from '@lamina/tensor';
+import type { ArmedAnswer, FrameCounts, NativeFrameHandler } from './layer-frames.ts';
 
 /** Which queries of one step see which blocks; the same for all layers of the step. Never mutated by the kernel. */
 export interface StepPlan {
@@ -39,10 +40,22 @@ export type SimdVariant = 'avx512' | 'avx2' | 'neon' | 'scalar';
 
 export type KernelName = 'native-avx512' | 'native-avx2' | 'native-neon' | 'native-scalar' | 'portable';
 
+/** Frames that are answered without JavaScript. */
+export interface LayerFrames {
+  /** For the link that the frames come by. */
+  readonly handler: NativeFrameHandler;
+  /** From now on, where attention is brief. Call once per step, when a layer of it has been answered. */
+  arm(step: KernelStep, answer: ArmedAnswer): void;
+  /** What was answered since the last call. */
+  take(): FrameCounts;
+}
+
 export interface AttentionKernel {
   readonly name: KernelName;
   readonly layout: KvLayout;
   readonly numBlocks: number;
+  /** Undefined where everything passes `attend`. */
+  readonly frames: LayerFrames | undefined;
 
   /** Checks every index of the plan; throws LaminaError('protocol_violation') naming the bad entry. */
   beginStep(plan: StepPlan): KernelStep;

@@ -1,5 +1,6 @@
 /** Owns what the native addon can do (native/addon.cc). */
 import { type LoadedAddon, loadNativeModule } from '@lamina/tensor';
+import type { NativeFrameHandler } from './layer-frames.ts';
 
 /** Opaque pointers of the addon. */
 export type NativeKernelHandle = { readonly __nativeKernel: never };
@@ -45,6 +46,18 @@ export interface NativeAddon {
     out: Uint8Array,
     id: number,
   ): boolean;
+  /** Once per kernel. `counts` [3] and `durations` are written per frame that it answers. */
+  frameHandler(kernel: NativeKernelHandle, counts: Float64Array, durations: Float64Array): NativeFrameHandler;
+  /** From now on frames of the step are answered by the handler, where their attention is brief. Once per step. */
+  armStep(
+    kernel: NativeKernelHandle,
+    step: NativeStepHandle,
+    expectedHeader: Uint8Array,
+    answer: Uint8Array,
+    reply: string,
+    state: Int32Array,
+    kvTokens: Float64Array,
+  ): void;
   endStep(step: NativeStepHandle): void;
   close(kernel: NativeKernelHandle): void;
   /** Names that `simd` may have on this processor, fastest first. */
@@ -66,6 +79,8 @@ const FUNCTION_NAMES = [
   'kernelName',
   'beginStep',
   'attend',
+  'frameHandler',
+  'armStep',
   'endStep',
   'close',
   'supportedSimd',

@@ -5,8 +5,9 @@
  * 1. The addon only ever sees plans, layers and lengths that plan-check.ts has passed.
  */
 import type { KvLayout } from '@lamina/tensor';
-import type { KernelName } from './kernel.ts';
+import type { KernelName, LayerFrames } from './kernel.ts';
 import { KernelBase, type PendingAttend } from './kernel-base.ts';
+import { FrameTally } from './layer-frames.ts';
 import type { NativeAddon, NativeKernelHandle, NativeStepHandle } from './native-addon.ts';
 import type { CheckedPlan } from './plan-check.ts';
 
@@ -16,6 +17,7 @@ export class NativeKernel extends KernelBase<NativeStepHandle> {
   override readonly name: KernelName;
   readonly #addon: NativeAddon;
   readonly #handle: NativeKernelHandle;
+  override readonly frames: LayerFrames;
 
   /** Throws the addon's Error when memory, threads or the variant cannot be had. */
   constructor(addon: NativeAddon, layout: KvLayout, numBlocks: number, numThreads: number, simd: string) {
@@ -38,6 +40,13 @@ export class NativeKernel extends KernelBase<NativeStepHandle> {
       (id) => this.finish(id, null),
     );
     const name = addon.kernelName(this.#handle);
+    const tally = new FrameTally();
+    this.frames = {
+      handler: addon.frameHandler(this.#handle, tally.counts, tally.durationsSeconds),
+      arm: (step, { expectedHeader, answer, reply, state, kvTokens }) =>
+        addon.armStep(this.#handle, this.stateOf(step), expectedHeader, answer, reply, state, kvTokens),
+      take: () => tally.take(),
+    };
     this.name = NATIVE_NAMES.find((known) => known === name) ?? 'native-scalar';
   }
 

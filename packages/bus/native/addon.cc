@@ -8,6 +8,9 @@
 #include <memory>
 #include <string>
 
+#include <vector>
+
+#include "frame_handler.h"
 #include "link.h"
 #include "napi_values.h"
 #include "uv_poll.h"
@@ -30,6 +33,8 @@ class LinkHandle final : public LinkOwner {
   void on_line(const ServerLine& line, const char* bytes) override;
   char* new_memory(size_t min_bytes, size_t* capacity) override;
   Link& link() { return link_; }
+  /** Messages of the subscription are offered to the handler first. The caller keeps it alive. */
+  void attach(uint32_t subscription, const FrameHandler* handler) { handlers_.push_back({subscription, handler}); }
   /** After anything that may have left something to send, or closed the link. */
   void settle();
   /** JavaScript holds the handle no more. */
@@ -40,6 +45,7 @@ class LinkHandle final : public LinkOwner {
   }
 
  private:
+  bool handle_natively(const ServerLine& line, const char* bytes);
   static void on_ready(void* poll, int status, int events);
   static void on_poll_closed(void* poll);
   static void on_teardown(napi_async_cleanup_hook_handle hook, void* data);
@@ -48,8 +54,14 @@ class LinkHandle final : public LinkOwner {
   void call(napi_ref function, size_t count, napi_value* arguments, napi_value* result);
   void delete_reference(napi_ref* reference);
 
+  struct Attached {
+    uint32_t subscription;
+    const FrameHandler* handler;
+  };
+
   const napi_env env_;
   Link link_;
+  std::vector<Attached> handlers_;
   void* poll_ = nullptr;
   bool is_closing_ = false;
   bool is_forgotten_ = false;
@@ -206,7 +218,21 @@ void LinkHandle::forget() {
   stop_watching();
 }
 
+bool LinkHandle::handle_natively(const ServerLine& line, const char* bytes) {
+  for (const Attached& attached : handlers_) {
+    if (attached.subscription != line.subscription) continue;
+    FrameAnswer answer{};
+    const uint8_t* payload = reinterpret_cast<const uint8_t*>(bytes + line.payload.start);
+    if (!attached.handler->handle(attached.handler->context, payload, line.payload.length, &answer)) return false;
+    link_.publish(answer.subject, answer.subject_length, nullptr, 0, reinterpret_cast<const char*>(answer.data),
+                  answer.length);
+    return true;
+  }
+  return false;
+}
+
 void LinkHandle::on_line(const ServerLine& line, const char* bytes) {
+  if (line.kind == LineKind::kMessage && line.headers.length == 0 && handle_natively(line, bytes)) return;
   const size_t base = size_t(bytes - memory_);
   const bool is_message = line.kind == LineKind::kMessage;
   const Span first = is_message ? line.subject : line.text;
@@ -370,6 +396,18 @@ napi_value hold(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
+/** attach(link, subscription, handler): a FrameHandler of another addon; the caller keeps it as long as the link is open. */
+napi_value attach(napi_env env, napi_callback_info info) {
+  napi_value args[3];
+  int32_t subscription = 0;
+  if (!read_arguments(env, info, 3, args) || !read_int32(env, args[1], &subscription)) return nullptr;
+  LinkHandle* handle = read_external<LinkHandle>(env, args[0]);
+  if (handle == nullptr) return nullptr;
+  const FrameHandler* handler = read_external<FrameHandler>(env, args[2]);
+  if (handler != nullptr) handle->attach(uint32_t(subscription), handler);
+  return nullptr;
+}
+
 /** close(link): onEnd is called when it is over. */
 napi_value close(napi_env env, napi_callback_info info) {
   napi_value args[1];
@@ -384,7 +422,7 @@ napi_value init(napi_env env, napi_value exports) {
     const char* name;
     napi_callback function;
   } functions[] = {{"open", open},   {"publish", publish}, {"write", write}, {"flush", flush},
-                   {"receive", receive}, {"sleep", sleep}, {"hold", hold}, {"close", close}};
+                   {"receive", receive}, {"sleep", sleep}, {"hold", hold}, {"attach", attach}, {"close", close}};
   for (const auto& entry : functions) {
     napi_value function;
     napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function);

@@ -38,6 +38,12 @@ interface Waiter {
   readonly reject: (error: LaminaError) => void;
 }
 
+interface NativeSubscription {
+  readonly subject: string;
+  readonly callback: (message: LinkMessage) => void;
+  readonly handler: object | undefined;
+}
+
 /** Fails for good, however often it is tried. */
 class LoginRefused extends Error {}
 
@@ -73,10 +79,7 @@ export class NativeLink implements TensorLink {
   readonly kind = 'native';
   readonly #options: BusOptions;
   readonly #events: BusEvents;
-  readonly #subscriptions = new Map<
-    number,
-    { readonly subject: string; readonly callback: (m: LinkMessage) => void }
-  >();
+  readonly #subscriptions = new Map<number, NativeSubscription>();
   readonly #statusCallbacks: ((status: LinkStatus) => void)[] = [];
   readonly #message = new SocketMessage();
   readonly #flushLater = (): void => {
@@ -137,10 +140,11 @@ export class NativeLink implements TensorLink {
     queueMicrotask(this.#flushLater);
   }
 
-  subscribe(subject: string, callback: (message: LinkMessage) => void): Subscription {
+  subscribe(subject: string, callback: (message: LinkMessage) => void, handler?: object): Subscription {
     const id = ++this.#lastSubscription;
-    this.#subscriptions.set(id, { subject, callback });
-    this.#socket?.write(`SUB ${subject} ${id}\r\n`);
+    const subscription = { subject, callback, handler };
+    this.#subscriptions.set(id, subscription);
+    if (this.#socket !== undefined) subscribeOn(this.#socket, id, subscription);
     return {
       unsubscribe: () => {
         if (this.#subscriptions.delete(id)) this.#socket?.write(`UNSUB ${id}\r\n`);
@@ -277,7 +281,7 @@ export class NativeLink implements TensorLink {
   #begin(socket: NativeSocket): void {
     this.#socket = socket;
     this.#numSilentPings = 0;
-    for (const [id, { subject }] of this.#subscriptions) socket.write(`SUB ${subject} ${id}\r\n`);
+    for (const [id, subscription] of this.#subscriptions) subscribeOn(socket, id, subscription);
     this.#pingTimer = setInterval(() => this.#ping(socket), PING_INTERVAL_MS);
     if (this.#isClosed) socket.close();
   }
@@ -344,6 +348,11 @@ export class NativeLink implements TensorLink {
   #tell(status: LinkStatus): void {
     for (const callback of this.#statusCallbacks) callback(status);
   }
+}
+
+function subscribeOn(socket: NativeSocket, id: number, { subject, handler }: NativeSubscription): void {
+  if (handler !== undefined) socket.attach(id, handler);
+  socket.write(`SUB ${subject} ${id}\r\n`);
 }
 
 function connectionLost(): LaminaError {

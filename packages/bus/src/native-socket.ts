@@ -25,6 +25,7 @@ interface LinkAddon {
   receive(link: NativeLinkHandle, spinUs: number): number;
   sleep(link: NativeLinkHandle, timeoutUs: number): void;
   hold(link: NativeLinkHandle): void;
+  attach(link: NativeLinkHandle, subscription: number, handler: object): void;
   close(link: NativeLinkHandle): void;
 }
 
@@ -36,6 +37,7 @@ const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', 
   'receive',
   'sleep',
   'hold',
+  'attach',
   'close',
 ]);
 
@@ -119,6 +121,11 @@ export class NativeSocket {
     memory.hold();
     this.#addon.hold(this.#handle);
     return memory;
+  }
+
+  /** Messages of the subscription are handed to it first, and what it answers is published. Keep it as long as the socket. */
+  attach(subscription: number, handler: object): void {
+    this.#addon.attach(this.#handle, subscription, handler);
   }
 
   publish(subject: string, reply: string, data: Uint8Array): void {

@@ -25,8 +25,12 @@ export interface TensorLink {
   readonly isClosed: boolean;
   /** Sends at the end of this turn of the event loop, or with `receive`. Without a connection it is lost. */
   publish(subject: string, data: Uint8Array, reply?: string): void;
-  /** The callback runs as messages arrive, in order. */
-  subscribe(subject: string, callback: (message: LinkMessage) => void): Subscription;
+  /**
+   * The callback runs as messages arrive, in order.
+   * @param handler A native frame handler (packages/tensor/native/frame_handler.h), which a native link asks first: the callback
+   * sees what that leaves.
+   */
+  subscribe(subject: string, callback: (message: LinkMessage) => void, handler?: object): Subscription;
   /**
    * Sends what was published, and blocks until something comes or `timeoutUs` are over; what comes is handed to its
    * callbacks before this returns. False at once where that is not possible.

@@ -44,7 +44,6 @@ const byteSize: z.ZodType<number, string> = z
   .transform((value) => Number.parseInt(value, 10) * (UNITS[value.replace(/\d/g, '').toLowerCase()] ?? 1))
   .refine((bytes) => bytes > 0 && bytes <= Number.MAX_SAFE_INTEGER, 'must be from 1 byte to 8388607g');
 
-const HALF_THE_CORES = String(Math.max(1, Math.floor(cpus().length / 2)));
 /**
  * Measured on two cores with SmolLM2-135M's shape in int4 (docs/performance.md): one worker of two threads makes 1.1 times
  * the tokens of one thread at 32 requests and 1.2 times at one; two workers of one thread are no better at 32 and hold the
@@ -304,10 +303,10 @@ export const SETTINGS = {
   }),
   attentionThreads: setting({
     env: 'LAMINA_ATTENTION_THREADS',
-    fallback: HALF_THE_CORES,
+    fallback: String(Math.min(256, cpus().length)),
     schema: integer(1, 256),
     usedBy: ['attention-shard'],
-    meaning: 'Threads of the attention kernel. Default: half the cores.',
+    meaning: 'Threads of the attention kernel. Default: all cores, since executors wait while shards work.',
   }),
   attentionKernel: setting({
     env: 'LAMINA_ATTENTION_KERNEL',

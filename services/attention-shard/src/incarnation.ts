@@ -41,9 +41,14 @@ export class Incarnation {
     this.kernelName = kernel.name;
     if (fallbackReason !== null && config.attentionKernel === 'auto')
       log.warn({ reason: fallbackReason }, 'portable attention kernel in use, which is slow: no native one');
-    this.plane = new TensorPlane({ kernel, link, log, stats });
+    const frames = link.kind === 'native' ? kernel.frames : undefined;
+    this.plane = new TensorPlane({ kernel, link, log, stats, frames });
     const { plane } = this;
-    const tensors = link.subscribe(SUBJECTS.shardTensors(shardId), (message) => plane.onMessage(message));
+    const tensors = link.subscribe(
+      SUBJECTS.shardTensors(shardId),
+      (message) => plane.onMessage(message),
+      frames?.handler,
+    );
     const probes = link.subscribe(SUBJECTS.shardProbe(shardId), ({ reply }) => {
       if (reply !== undefined) link.publish(reply, new Uint8Array());
     });

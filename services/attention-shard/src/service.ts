@@ -177,17 +177,20 @@ export async function startAttentionShard(context: ShardContext): Promise<Runnin
   const member = new ShardMember({ ...context, link }, stats);
   await member.start();
   return {
-    stats: () => ({
-      shardId: member.shardId,
-      kernel: member.kernelName,
-      numBlocks: stats.numBlocks,
-      blocksUsed: stats.usedBlocks,
-      blocksUsedPeak: stats.usedBlocksPeak,
-      attends: stats.attends,
-      tokensAttended: stats.tokensAttended,
-      attendSeconds: stats.attendSeconds,
-      bytesRead: stats.bytesRead,
-    }),
+    stats: () => {
+      stats.onRead();
+      return {
+        shardId: member.shardId,
+        kernel: member.kernelName,
+        numBlocks: stats.numBlocks,
+        blocksUsed: stats.usedBlocks,
+        blocksUsedPeak: stats.usedBlocksPeak,
+        attends: stats.attends,
+        tokensAttended: stats.tokensAttended,
+        attendSeconds: stats.attendSeconds,
+        bytesRead: stats.bytesRead,
+      };
+    },
     stop: async () => {
       await member.stop();
       await link.close();

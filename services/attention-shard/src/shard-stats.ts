@@ -1,6 +1,7 @@
 /**
  * Owns what a shard counts. Counted in plain numbers on the way, turned into metrics when they are scraped.
  */
+import type { FrameCounts } from '@lamina/attention-kernel';
 import { Counter, DURATION_BUCKETS_S, Gauge, Histogram, type Registry } from '@lamina/runtime';
 
 export class ShardStats {
@@ -20,6 +21,8 @@ export class ShardStats {
   usedBlocks = 0;
   usedBlocksPeak = 0;
   numBlocks = 0;
+  /** Called before anything is read: who counts elsewhere adds it now. */
+  onRead: () => void = () => undefined;
   readonly #durations: Histogram;
 
   constructor(registry: Registry) {
@@ -30,6 +33,7 @@ export class ShardStats {
         help,
         registers,
         collect: () => {
+          this.onRead();
           metric.reset();
           metric.inc(value());
         },
@@ -50,7 +54,20 @@ export class ShardStats {
       help: 'From the receipt of the message of a layer to its answer',
       buckets: DURATION_BUCKETS_S,
       registers,
+      collect: () => this.onRead(),
     });
+  }
+
+  /** Layers that were answered natively. */
+  answered({ attends, queryRows, kvTokens, durationsSeconds }: FrameCounts, kvBytes: number): void {
+    this.attends += attends;
+    this.queryRows += queryRows;
+    this.tokensAttended += kvTokens;
+    this.bytesRead += kvBytes;
+    for (const seconds of durationsSeconds) {
+      this.attendSeconds += seconds;
+      this.#durations.observe(seconds);
+    }
   }
 
   attended(queryRows: number, kvTokens: number, kvBytes: number, seconds: number): void {

@@ -8,9 +8,11 @@
  *    the sender is known.
  * 3. A layer that is in flight or answered is not started again; another one while one is in flight is a violation.
  * 4. A plan that comes again, or after a later one of its wave, changes nothing.
- * 5. When `fence` has returned true, nothing of those origins is written to KV any more.
+ * 5. Once its first layer has been answered a step is armed: its brief layers are answered where they arrive, and come here no
+ *    more. What is unusual about a frame comes here.
+ * 6. When `fence` has returned true, nothing of those origins is written to KV any more.
  */
-import type { AttentionKernel } from '@lamina/attention-kernel';
+import type { AttentionKernel, LayerFrames } from '@lamina/attention-kernel';
 import type { LinkMessage, TensorLink } from '@lamina/bus';
 import {
   decodeStepPlan,
@@ -35,6 +37,8 @@ export interface TensorPlaneOptions {
   readonly link: Pick<TensorLink, 'publish' | 'maxPayloadBytes'>;
   readonly log: Logger;
   readonly stats: ShardStats;
+  /** Of the kernel, if the link asks its handler. */
+  readonly frames: LayerFrames | undefined;
 }
 
 /** One message as it came: `reply` is read from plans only, and held is what the kernel reads later. */
@@ -53,6 +57,7 @@ export class TensorPlane {
   readonly #log: Logger;
   readonly #stats: ShardStats;
   readonly #bytesPerTokenLayer: number;
+  readonly #frames: LayerFrames | undefined;
   readonly #origins = new Origins((step) => this.#endStep(step));
   /** Plans that come split, by origin: a sender does not interleave messages. Bounded, oldest first. */
   readonly #planAssemblers = new Map<number, FrameAssembler>();
@@ -67,6 +72,8 @@ export class TensorPlane {
     this.#link = options.link;
     this.#log = options.log;
     this.#stats = options.stats;
+    this.#frames = options.frames;
+    this.#stats.onRead = () => this.#tell();
     this.#bytesPerTokenLayer = kvBytesPerToken(options.kernel.layout) / options.kernel.layout.numLayers;
   }
 
@@ -92,6 +99,7 @@ export class TensorPlane {
 
   /** Forgets origins that went away. Call now and then. */
   dropIdle(): void {
+    this.#tell();
     this.#origins.dropIdle(performance.now(), ORIGIN_IDLE_MS);
   }
 
@@ -108,6 +116,7 @@ export class TensorPlane {
   async close(): Promise<void> {
     this.#isClosing = true;
     await this.#kernel.close();
+    this.#tell();
     this.#origins.clear();
   }
 
@@ -160,9 +169,32 @@ export class TensorPlane {
     const { answer } = step;
     writeFrameHeader(answer, step.header);
     this.#send(step.replySubject, answer, step.header);
+    this.#arm(step);
     const seconds = (performance.now() - step.receivedAtMs) / 1000;
     const numKvTokens = step.numKvTokensOf(step.header.layer);
     stats.attended(step.numQueryRows, numKvTokens, numKvTokens * this.#bytesPerTokenLayer, seconds);
+  }
+
+  /** Steps whose frames have checksums of their tensors, or answers that must be split, stay with us. */
+  #arm(step: WaveStep): void {
+    const { answer, header } = step;
+    if (step.isArmed || this.#frames === undefined) return;
+    step.isArmed = true;
+    if (header.isBodyChecked || answer.length > this.#link.maxPayloadBytes) return;
+    const expectedHeader = new Uint8Array(FRAME_HEADER_BYTES);
+    writeFrameHeader(expectedHeader, { ...header, kind: FRAME_KIND.attend, bodyBytes: step.attendBytes });
+    const kvTokens = Float64Array.from({ length: this.#kernel.layout.numLayers }, (_, layer) =>
+      step.numKvTokensOf(layer),
+    );
+    const { state, replySubject: reply } = step;
+    this.#frames.arm(step.kernelStep, { expectedHeader, answer, reply, state, kvTokens });
+  }
+
+  /** Counts what was answered without us. */
+  #tell(): void {
+    const counts = this.#frames?.take();
+    if (counts !== undefined && counts.attends > 0)
+      this.#stats.answered(counts, counts.kvTokens * this.#bytesPerTokenLayer);
   }
 
   #plan(frame: Uint8Array, header: FrameHeader, reply: string | undefined): void {

@@ -11,7 +11,7 @@
  *    abandoned keeps its memory until its job is done; the next step gets new memory.
  * 3. Nothing is allocated per layer.
  */
-import type { AttentionKernel, KernelStep } from '@lamina/attention-kernel';
+import { type AttentionKernel, type KernelStep, newStepState, STEP_STATE } from '@lamina/attention-kernel';
 import type { HeldMemory } from '@lamina/bus';
 import {
   attendBytes,
@@ -56,15 +56,16 @@ export class WaveStep {
   readonly onDone: (error: Error | null) => void;
   /** Header of the next answer: the plan's, with the layer in flight. */
   readonly header: FrameHeader = emptyFrameHeader();
-  /** -1 when none is. */
-  layerInFlight = -1;
+  /** STEP_STATE: the kernel, where it answers frames natively, sees it and goes on from it. */
+  readonly state = newStepState();
   receivedAtMs = 0;
   /** Where q, k and v of the layer in flight lie. */
   heldMemory: HeldMemory | undefined;
   /** Set when another plan took its place, or the origin went away. */
   isEnded = false;
+  /** Its frames may be answered natively from now on. */
+  isArmed = false;
   readonly #answerBytes: number;
-  #layerAnswered = -1;
   #answer: Uint8Array | undefined;
   #partial: Uint8Array | undefined;
 
@@ -109,11 +110,20 @@ export class WaveStep {
 
   /** The last layer that was answered; layers come in order. */
   get layerAnswered(): number {
-    return this.#layerAnswered;
+    return this.state[STEP_STATE.layerAnswered]!;
+  }
+
+  /** -1 when none is. */
+  get layerInFlight(): number {
+    return this.state[STEP_STATE.layerInFlight]!;
+  }
+
+  set layerInFlight(layer: number) {
+    this.state[STEP_STATE.layerInFlight] = layer;
   }
 
   endLayer(isAnswered: boolean): void {
-    if (isAnswered) this.#layerAnswered = this.layerInFlight;
+    if (isAnswered) this.state[STEP_STATE.layerAnswered] = this.layerInFlight;
     this.layerInFlight = -1;
     this.heldMemory?.release();
     this.heldMemory = undefined;
@@ -121,7 +131,7 @@ export class WaveStep {
 
   /** Memory for the step that takes this one's place. */
   memoryForNext(numLayers: number): WaveMemory {
-    return this.layerInFlight < 0 && this.#layerAnswered === numLayers - 1 ? this.memory : new WaveMemory();
+    return this.layerInFlight < 0 && this.layerAnswered === numLayers - 1 ? this.memory : new WaveMemory();
   }
 }
 

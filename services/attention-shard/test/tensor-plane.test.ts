@@ -39,6 +39,7 @@ class FakeKernel implements AttentionKernel {
   readonly name = 'portable';
   readonly layout = LAYOUT;
   readonly numBlocks = 4;
+  readonly frames = undefined;
   readonly attends: { layer: number; qkv: Uint8Array; out: Uint8Array; done: (error: Error | null) => void }[] = [];
   readonly open = new Set<KernelStep>();
   /** Attends are done when `attend` returns. */
@@ -80,6 +81,7 @@ function setUp() {
     },
     log: createLogger({ level: 'silent', service: 'attention-shard', instance: 'test' }),
     stats,
+    frames: undefined,
   });
   const memory = { numHolds: 0, release: () => void memory.numHolds-- };
   const hold = () => {
