@@ -126,9 +126,9 @@ describe('native', () => {
     const link = await open(server.url, 'native');
     const seen = collect(link, 'mine');
     link.publish('mine', Uint8Array.of(1));
-    while (seen.length === 0) expect(link.receive(1_000_000)).toBe(true);
+    while (seen.length === 0) expect(link.receive(1_000_000, 0)).toBe(true);
     const startedMs = performance.now();
-    expect(link.receive(20_000)).toBe(false);
+    expect(link.receive(20_000, 100)).toBe(false);
     const waitedMs = performance.now() - startedMs;
     expect(waitedMs >= 19 && waitedMs < 1_000, `${waitedMs}`).toBe(true);
     expect(seen.length).toBe(1);
@@ -146,7 +146,7 @@ describe('native', () => {
     await first.kill();
     await eventually(() => expect(changes).toEqual(['disconnect']));
     await expect(link.flush()).rejects.toMatchObject({ code: 'unavailable' });
-    expect(link.receive(10)).toBe(false);
+    expect(link.receive(10, 5)).toBe(false);
     link.publish('again', Uint8Array.of(1));
     const second = await startNatsServer({ port: first.port });
     await eventually(() => expect(changes).toEqual(['disconnect', 'reconnect']));

@@ -30,8 +30,6 @@ const LOGIN_TIMEOUT_MS = 5_000;
 const CLOSE_TIMEOUT_MS = 2_000;
 const DEFAULT_PORT = 4222;
 const DEFAULT_MAX_PAYLOAD_BYTES = 1_048_576;
-/** Waiting for an answer without sleep: an answer that is about to come is not worth waking up for. */
-const SPIN_US = 50;
 
 interface Waiter {
   readonly resolve: () => void;
@@ -152,9 +150,9 @@ export class NativeLink implements TensorLink {
     };
   }
 
-  receive(timeoutUs: number): boolean {
+  receive(timeoutUs: number, spinUs: number): boolean {
     const socket = this.#socket;
-    return socket !== undefined && socket.wait(timeoutUs, SPIN_US) > 0;
+    return socket !== undefined && socket.wait(timeoutUs, spinUs) > 0;
   }
 
   onStatus(callback: (status: LinkStatus) => void): void {

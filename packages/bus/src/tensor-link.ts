@@ -34,8 +34,9 @@ export interface TensorLink {
   /**
    * Sends what was published, and blocks until something comes or `timeoutUs` are over; what comes is handed to its
    * callbacks before this returns. False at once where that is not possible.
+   * @param spinUs For so long it does not sleep: who sleeps is woken late, and finds the caches cold.
    */
-  receive(timeoutUs: number): boolean;
+  receive(timeoutUs: number, spinUs: number): boolean;
   onStatus(callback: (status: LinkStatus) => void): void;
   /** Resolves when what was published is on the server, rejects when the connection is, or was meanwhile, cut. */
   flush(): Promise<void>;

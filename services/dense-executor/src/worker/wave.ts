@@ -28,6 +28,9 @@ import type { Turns } from './turns.ts';
 
 /** The thread waits in the socket for so long; then the event loop has its turn, and what else is to be heard is heard. */
 const MAX_BLOCK_US = 2_000;
+/** Few rows are answered so soon that sleeping meanwhile costs more than the core: an answer to one takes some 150 us. */
+const MAX_SPIN_ROWS = 4;
+const SPIN_US = 300;
 
 export class Wave {
   readonly exchange: TensorExchange;
@@ -104,6 +107,7 @@ export class Wave {
     const startedMs = performance.now();
     const link = this.#link;
     const turns = this.#turns;
+    const spinUs = numTokens <= MAX_SPIN_ROWS ? SPIN_US : 0;
     let denseMs = 0;
     let waitMs = 0;
     let codecMs = 0;
@@ -157,7 +161,7 @@ export class Wave {
       cursor.advance(LAYER_EVENT.DISPATCHED);
       const dispatchedMs = performance.now();
       if (self === undefined) {
-        while (turns.numRunnable === 0 && link.receive(MAX_BLOCK_US));
+        while (turns.numRunnable === 0 && link.receive(MAX_BLOCK_US, spinUs));
         await answered;
       } else await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]);
       const answeredMs = performance.now();
