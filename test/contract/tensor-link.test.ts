@@ -213,6 +213,21 @@ describe('native', () => {
     await expect(openTensorLink(options, events, 'auto')).rejects.toMatchObject({ code: 'nats_unreachable' });
   });
 
+  test('an address that cannot even be tried is passed over, and nothing comes of it later', async () => {
+    const server = await startNatsServer();
+    // No route, or no such family: connecting fails at once.
+    const link = await open(`nats://[2001:db8::1]:4222,nats://255.255.255.255:4222,${server.url}`, 'native');
+    const failures: unknown[] = [];
+    const onFailure = (cause: unknown): void => void failures.push(cause);
+    process.on('uncaughtException', onFailure);
+    await new Promise((resolve) => setTimeout(resolve, 5_500));
+    process.off('uncaughtException', onFailure);
+    await link.flush();
+    expect(failures).toEqual([]);
+    await link.close();
+    await server.stop();
+  }, 15_000);
+
   test('a worker thread and a process may end with a connection open', async () => {
     const server = await startNatsServer();
     const code = `
@@ -236,15 +251,18 @@ describe('native', () => {
   });
 });
 
+const GREETING = 'INFO {"max_payload":1048576}\r\n';
+
 /** What says `lines` to everybody who connects, once it was greeted. */
 async function pretendServer(
   lines: (socket: Socket) => void,
+  greeting = GREETING,
 ): Promise<{ url: string; server: Server; numJoined: () => number }> {
   let numJoined = 0;
   const server = createServer((socket) => {
     numJoined++;
     socket.on('error', () => undefined);
-    socket.write('INFO {"max_payload":1048576}\r\n');
+    socket.write(greeting);
     socket.once('data', () => {
       socket.write('PONG\r\n');
       lines(socket);
@@ -275,6 +293,23 @@ describe('native, and a server that does not keep to the protocol', () => {
         ['d', undefined, ''],
       ]),
     );
+    const closing = link.close();
+    server.close();
+    await closing;
+  });
+
+  test('an INFO line before the login is answered leaves flushes one to one with what was published', async () => {
+    const answerPings = (socket: Socket): void => {
+      socket.on('data', (bytes) => {
+        for (const _ of bytes.toString().matchAll(/PING/g)) setTimeout(() => socket.write('PONG\r\n'), 200);
+      });
+    };
+    const { url, server } = await pretendServer(answerPings, GREETING + GREETING);
+    const link = await open(url, 'native');
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    const startedMs = performance.now();
+    await link.flush();
+    expect(performance.now() - startedMs).toBeGreaterThan(150);
     const closing = link.close();
     server.close();
     await closing;

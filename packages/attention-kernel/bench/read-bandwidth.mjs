@@ -1,6 +1,6 @@
 /**
  * Owns the figure that the native kernel exists for: bytes of KV per second in decode, over a bare read-and-sum of the
- * same bytes. Build first (`node build.mjs`, `npx tsc -b`), then `node bench/read-bandwidth.mjs [--mib 512] [--block 32]
+ * same bytes. Build first (`node deploy/native-addons.mjs`, `npx tsc -b`), then `node bench/read-bandwidth.mjs [--mib 512] [--block 32]
  * [--simd avx2] [--dtype f16] [--rounds 5] [--context 4096] [--dims 64,128] [--groups 1,4,8] [--threads 1,2]
  * [--prefill 512] [--json]`. With --prefill, instead: the multiply-adds per second of a chunk of that many queries at the
  * end of one context, over those of registers alone. --json prints an array of rows and nothing else.

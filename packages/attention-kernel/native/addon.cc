@@ -264,8 +264,8 @@ napi_value frame_handler(napi_env env, napi_callback_info info) {
   std::unique_ptr<FramesHandle> box(new FramesHandle());
   box->frames = kernel->frames;
   box->context = kernel->frames.get();
-  box->handle = [](void* context, const uint8_t* data, size_t length, FrameAnswer* answer) {
-    return static_cast<LayerFrames*>(context)->handle(data, length, answer);
+  box->handle = [](void* context, const uint8_t* data, size_t length, size_t max_answer_bytes, FrameAnswer* answer) {
+    return static_cast<LayerFrames*>(context)->handle(data, length, max_answer_bytes, answer);
   };
   box->kept.keep(env, args[1]);
   box->kept.keep(env, args[2]);

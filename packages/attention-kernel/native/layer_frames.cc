@@ -44,12 +44,12 @@ void LayerFrames::disarm(const ArmedStep* step) {
   if (found != armed_.end() && found->second == step) armed_.erase(found);
 }
 
-bool LayerFrames::handle(const uint8_t* data, size_t length, FrameAnswer* answer) {
+bool LayerFrames::handle(const uint8_t* data, size_t length, size_t max_answer_bytes, FrameAnswer* answer) {
   if (is_closed_ || length < kFrameHeaderBytes) return false;
   const auto found = armed_.find(key_of(data));
   if (found == armed_.end()) return false;
   const ArmedStep& armed = *found->second;
-  if (length != kFrameHeaderBytes + armed.attend_bytes || memcmp(data, armed.expected, kLayerOffset) != 0 ||
+  if (armed.answer_bytes > max_answer_bytes || length != kFrameHeaderBytes + armed.attend_bytes || memcmp(data, armed.expected, kLayerOffset) != 0 ||
       memcmp(data + kAfterLayer, armed.expected + kAfterLayer, kChecksumOffset - kAfterLayer) != 0 ||
       read<uint32_t>(data + kChecksumOffset) != checksum_of(data))
     return false;

@@ -51,7 +51,7 @@ class LayerFrames {
   /** Nothing if another step took its place. */
   void disarm(const ArmedStep* step);
   void close() { is_closed_ = true; }
-  bool handle(const uint8_t* data, size_t length, FrameAnswer* answer);
+  bool handle(const uint8_t* data, size_t length, size_t max_answer_bytes, FrameAnswer* answer);
 
  private:
   const Engine engine_;

@@ -33,8 +33,10 @@ class LinkHandle final : public LinkOwner {
   void on_line(const ServerLine& line, const char* bytes) override;
   char* new_memory(size_t min_bytes, size_t* capacity) override;
   Link& link() { return link_; }
-  /** Messages of the subscription are offered to the handler first. The caller keeps it alive. */
-  void attach(uint32_t subscription, const FrameHandler* handler) { handlers_.push_back({subscription, handler}); }
+  /** Messages of the subscription are offered to the handler first. */
+  void attach(uint32_t subscription, const FrameHandler* handler, napi_value external);
+  void detach(uint32_t subscription);
+  void set_max_payload(size_t num_bytes) { max_payload_bytes_ = num_bytes; }
   /** After anything that may have left something to send, or closed the link. */
   void settle();
   /** JavaScript holds the handle no more. */
@@ -57,11 +59,15 @@ class LinkHandle final : public LinkOwner {
   struct Attached {
     uint32_t subscription;
     const FrameHandler* handler;
+    /** Keeps the handler alive. */
+    napi_ref external;
   };
 
   const napi_env env_;
   Link link_;
   std::vector<Attached> handlers_;
+  /** Of the server; larger answers are JavaScript's to split. */
+  size_t max_payload_bytes_ = 0;
   void* poll_ = nullptr;
   bool is_closing_ = false;
   bool is_forgotten_ = false;
@@ -163,7 +169,7 @@ void LinkHandle::on_ready(void* poll, int status, int events) {
   napi_callback_scope callback_scope;
   napi_create_object(self->env_, &resource);
   const bool is_scoped = napi_open_callback_scope(self->env_, resource, self->context_, &callback_scope) == napi_ok;
-  if (status < 0) self->link_.close("the connection failed");
+  if (status < 0) self->link_.fail_by_socket_error();
   self->is_connected_ = true;
   if ((events & kUvReadable) != 0) self->link_.receive();
   // Answers to what was received leave in one call.
@@ -193,6 +199,8 @@ void LinkHandle::on_poll_closed(void* poll) {
     napi_async_destroy(self->env_, self->context_);
     for (napi_ref* reference : {&self->record_ref_, &self->memory_ref_, &self->on_line_, &self->on_memory_, &self->on_end_})
       self->delete_reference(reference);
+    for (Attached& attached : self->handlers_) self->delete_reference(&attached.external);
+    self->handlers_.clear();
     napi_close_handle_scope(self->env_, scope);
   }
   if (self->hook_ != nullptr) napi_remove_async_cleanup_hook(self->hook_);
@@ -218,14 +226,33 @@ void LinkHandle::forget() {
   stop_watching();
 }
 
+void LinkHandle::attach(uint32_t subscription, const FrameHandler* handler, napi_value external) {
+  // Once the references are let go, nobody would let this one go.
+  if (!link_.is_open()) return;
+  handlers_.push_back({subscription, handler, nullptr});
+  napi_create_reference(env_, external, 1, &handlers_.back().external);
+}
+
+void LinkHandle::detach(uint32_t subscription) {
+  for (size_t i = 0; i < handlers_.size(); i++) {
+    if (handlers_[i].subscription != subscription) continue;
+    delete_reference(&handlers_[i].external);
+    handlers_.erase(handlers_.begin() + std::ptrdiff_t(i));
+    return;
+  }
+}
+
 bool LinkHandle::handle_natively(const ServerLine& line, const char* bytes) {
   for (const Attached& attached : handlers_) {
     if (attached.subscription != line.subscription) continue;
     FrameAnswer answer{};
     const uint8_t* payload = reinterpret_cast<const uint8_t*>(bytes + line.payload.start);
-    if (!attached.handler->handle(attached.handler->context, payload, line.payload.length, &answer)) return false;
+    if (!attached.handler->handle(attached.handler->context, payload, line.payload.length, max_payload_bytes_, &answer))
+      return false;
     link_.publish(answer.subject, answer.subject_length, nullptr, 0, reinterpret_cast<const char*>(answer.data),
                   answer.length);
+    // What came behind it may take long.
+    link_.flush();
     return true;
   }
   return false;
@@ -332,7 +359,8 @@ napi_value publish(napi_env env, napi_callback_info info) {
   LinkHandle* handle = read_external<LinkHandle>(env, args[0]);
   if (handle == nullptr) return nullptr;
   handle->link().publish(subject.bytes(), subject.length(), reply.bytes(), reply.length(), data, length);
-  handle->settle();
+  // What waits is sent at the end of the turn, and watched for only if the socket does not take it then.
+  if (!handle->link().is_open()) handle->settle();
   return nullptr;
 }
 
@@ -396,7 +424,7 @@ napi_value hold(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
-/** attach(link, subscription, handler): a FrameHandler of another addon; the caller keeps it as long as the link is open. */
+/** attach(link, subscription, handler): a FrameHandler of another addon. */
 napi_value attach(napi_env env, napi_callback_info info) {
   napi_value args[3];
   int32_t subscription = 0;
@@ -404,7 +432,27 @@ napi_value attach(napi_env env, napi_callback_info info) {
   LinkHandle* handle = read_external<LinkHandle>(env, args[0]);
   if (handle == nullptr) return nullptr;
   const FrameHandler* handler = read_external<FrameHandler>(env, args[2]);
-  if (handler != nullptr) handle->attach(uint32_t(subscription), handler);
+  if (handler != nullptr) handle->attach(uint32_t(subscription), handler, args[2]);
+  return nullptr;
+}
+
+/** detach(link, subscription) */
+napi_value detach(napi_env env, napi_callback_info info) {
+  napi_value args[2];
+  int32_t subscription = 0;
+  if (!read_arguments(env, info, 2, args) || !read_int32(env, args[1], &subscription)) return nullptr;
+  LinkHandle* handle = read_external<LinkHandle>(env, args[0]);
+  if (handle != nullptr) handle->detach(uint32_t(subscription));
+  return nullptr;
+}
+
+/** setMaxPayload(link, numBytes) */
+napi_value set_max_payload(napi_env env, napi_callback_info info) {
+  napi_value args[2];
+  int32_t num_bytes = 0;
+  if (!read_arguments(env, info, 2, args) || !read_int32(env, args[1], &num_bytes)) return nullptr;
+  LinkHandle* handle = read_external<LinkHandle>(env, args[0]);
+  if (handle != nullptr) handle->set_max_payload(size_t(num_bytes < 0 ? 0 : num_bytes));
   return nullptr;
 }
 
@@ -422,7 +470,8 @@ napi_value init(napi_env env, napi_value exports) {
     const char* name;
     napi_callback function;
   } functions[] = {{"open", open},   {"publish", publish}, {"write", write}, {"flush", flush},
-                   {"receive", receive}, {"sleep", sleep}, {"hold", hold}, {"attach", attach}, {"close", close}};
+                   {"receive", receive}, {"sleep", sleep}, {"hold", hold}, {"attach", attach}, {"detach", detach},
+                   {"setMaxPayload", set_max_payload}, {"close", close}};
   for (const auto& entry : functions) {
     napi_value function;
     napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function);

@@ -22,6 +22,8 @@ namespace {
 constexpr size_t kDirectBytes = 32 * 1024;
 /** What waits is sent when it is so much, without being asked. */
 constexpr size_t kSendBytes = 256 * 1024;
+/** Memory for what waits that is kept when nothing does. */
+constexpr size_t kMaxKeptBytes = 4 * 1024 * 1024;
 /** Less room than this is not worth a read. */
 constexpr size_t kMinRoomBytes = 16 * 1024;
 /** Reads before others of the event loop have their turn. */
@@ -60,6 +62,13 @@ void Link::close(const std::string& failure) {
   failure_ = failure;
   unsent_.clear();
   sent_ = 0;
+}
+
+void Link::fail_by_socket_error() {
+  int code = 0;
+  socklen_t length = sizeof code;
+  getsockopt(descriptor_, SOL_SOCKET, SO_ERROR, &code, &length);
+  close(code == 0 ? "the connection failed" : strerror(code));
 }
 
 void Link::fail_by_errno(const char* what, int code) { close(std::string(what) + ": " + strerror(code)); }
@@ -162,7 +171,8 @@ void Link::flush() {
   if (sent_ == unsent_.size()) {
     unsent_.clear();
     sent_ = 0;
-  } else if (sent_ >= kSendBytes) {
+    if (unsent_.capacity() > kMaxKeptBytes) unsent_.shrink_to_fit();
+  } else if (sent_ > unsent_.size() / 2) {
     unsent_.erase(unsent_.begin(), unsent_.begin() + std::ptrdiff_t(sent_));
     sent_ = 0;
   }

@@ -4,8 +4,8 @@
 // Invariants
 // 1. A message lies whole in the receive memory when the owner is told of it. The memory is written again only where nothing
 //    lies that was not delivered, and not at all once the owner holds it: then other memory takes its place.
-// 2. What is sent is copied, or on its way, when `publish` returns. At most kMaxUnsentBytes wait: a server that takes nothing
-//    for so long loses the connection.
+// 2. What is sent is copied, or on its way, when `publish` returns. At most kMaxUnsentBytes wait, which is more than the steps in
+//    flight can have: a server that takes nothing for so long loses the connection.
 // 3. After `close` nothing is delivered; the file descriptor is closed by whoever watches it, when it is watched no more.
 #pragma once
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 namespace lamina {
 
-constexpr size_t kMaxUnsentBytes = 256 * 1024 * 1024;
+constexpr size_t kMaxUnsentBytes = size_t(1) << 30;
 
 class LinkOwner {
  public:
@@ -53,6 +53,8 @@ class Link {
   /** The owner keeps what lies in the receive memory. */
   void hold_memory() { is_held_ = true; }
   void close(const std::string& failure);
+  /** Closes with what the operating system says of the socket. */
+  void fail_by_socket_error();
 
   int descriptor() const { return descriptor_; }
   bool is_open() const { return is_open_; }

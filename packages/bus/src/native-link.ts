@@ -22,7 +22,7 @@ import {
   serversOf,
   unreachable,
 } from './connection.ts';
-import { LINE_KIND, NativeSocket } from './native-socket.ts';
+import { LINE_KIND, NativeSocket, type SocketEvents } from './native-socket.ts';
 import { readServerInfo, type ServerInfo } from './server-info.ts';
 import type { HeldMemory, LinkMessage, LinkStatus, TensorLink } from './tensor-link.ts';
 
@@ -42,7 +42,9 @@ interface NativeSubscription {
   readonly handler: object | undefined;
 }
 
-/** Fails for good, however often it is tried. */
+/** Another address or another time may do. */
+class ConnectionFailed extends Error {}
+
 class LoginRefused extends Error {}
 
 class TlsRequired extends Error {}
@@ -145,7 +147,9 @@ export class NativeLink implements TensorLink {
     if (this.#socket !== undefined) subscribeOn(this.#socket, id, subscription);
     return {
       unsubscribe: () => {
-        if (this.#subscriptions.delete(id)) this.#socket?.write(`UNSUB ${id}\r\n`);
+        if (!this.#subscriptions.delete(id)) return;
+        this.#socket?.detach(id);
+        this.#socket?.write(`UNSUB ${id}\r\n`);
       },
     };
   }
@@ -196,9 +200,8 @@ export class NativeLink implements TensorLink {
         await this.#connectTo(new URL(server.includes('://') ? server : `nats://${server}`));
         return;
       } catch (cause) {
-        if (cause instanceof TlsRequired || cause instanceof LaminaError) throw cause;
-        // One that refuses us is of more interest than one that is away.
-        if (!(failure instanceof LoginRefused)) failure = cause;
+        // One that refuses us, or that we cannot log in to, is of more interest than one that is away.
+        if (failure === undefined || failure instanceof ConnectionFailed) failure = cause;
       }
     }
     throw failure;
@@ -207,38 +210,42 @@ export class NativeLink implements TensorLink {
   /** Tries each address of the server. Throws the failure of the last one. */
   async #connectTo(server: URL): Promise<void> {
     const addresses = await lookup(server.hostname.replace(/^\[|\]$/g, ''), { all: true });
-    const login = this.#loginLines(server);
     let failure: unknown;
     for (const { address } of addresses) {
       try {
-        await this.#logIn(address, Number(server.port || DEFAULT_PORT), login);
+        await this.#logIn(address, server);
         return;
       } catch (cause) {
         failure = cause;
-        if (cause instanceof TlsRequired || cause instanceof LoginRefused) break;
+        if (!(cause instanceof ConnectionFailed)) break;
       }
     }
     throw failure;
   }
 
-  #logIn(address: string, port: number, login: string): Promise<void> {
+  #logIn(address: string, server: URL): Promise<void> {
     return new Promise((resolve, reject) => {
+      let isLoginSent = false;
       let isLoggedIn = false;
-      const giveUp = (failure: Error): void => {
-        reject(failure);
-        socket.close();
+      const onInfo = (): void => {
+        this.#learn(socket);
+        if (isLoginSent) return;
+        isLoginSent = true;
+        if (this.#info.isTlsRequired) giveUp(new TlsRequired());
+        else socket.write(this.#loginLines(server));
       };
-      const timer = setTimeout(() => giveUp(new Error('no answer in time')), LOGIN_TIMEOUT_MS);
       const onLine = (): void => {
         const { kind } = socket;
         if (isLoggedIn) this.#onLine(socket);
         else if (kind === LINE_KIND.info) {
-          this.#info = readServerInfo(socket.text, this.#info);
-          if (this.#info.isTlsRequired) giveUp(new TlsRequired());
-          else socket.write(login);
+          try {
+            onInfo();
+          } catch (cause) {
+            giveUp(asLaminaError(cause));
+          }
         } else if (kind === LINE_KIND.error) {
           const said = socket.text.trim();
-          giveUp(/auth/i.test(said) ? new LoginRefused(said) : new Error(said));
+          giveUp(/auth/i.test(said) ? new LoginRefused(said) : new ConnectionFailed(said));
         } else if (kind === LINE_KIND.pong) {
           isLoggedIn = true;
           clearTimeout(timer);
@@ -249,9 +256,16 @@ export class NativeLink implements TensorLink {
       const onEnd = (reason: string): void => {
         clearTimeout(timer);
         if (isLoggedIn) this.#onEnd();
-        else reject(new Error(reason));
+        else reject(new ConnectionFailed(reason));
       };
-      const socket = new NativeSocket(address, port, { onLine, onEnd });
+      const giveUp = (failure: Error): void => {
+        reject(failure);
+        socket.close();
+      };
+      const port = Number(server.port || DEFAULT_PORT);
+      // Nothing is called before it is there: it throws, or says later what became of it.
+      const socket = connectSocket(address, port, { onLine, onEnd });
+      const timer = setTimeout(() => giveUp(new ConnectionFailed('no answer in time')), LOGIN_TIMEOUT_MS);
     });
   }
 
@@ -299,9 +313,14 @@ export class NativeLink implements TensorLink {
   #onLine(socket: NativeSocket): void {
     if (socket.kind === LINE_KIND.message) this.#onMessage(socket);
     else if (socket.kind === LINE_KIND.pong) this.#pongs.shift()?.resolve();
-    else if (socket.kind === LINE_KIND.info) this.#info = readServerInfo(socket.text, this.#info);
+    else if (socket.kind === LINE_KIND.info) this.#learn(socket);
     else if (socket.kind === LINE_KIND.error)
       this.#events.onError(new LaminaError('unavailable', `nats-server says${socket.text}`), '');
+  }
+
+  #learn(socket: NativeSocket): void {
+    this.#info = readServerInfo(socket.text, this.#info);
+    socket.maxPayloadBytes = this.#info.maxPayloadBytes;
   }
 
   #onMessage(socket: NativeSocket): void {
@@ -328,23 +347,39 @@ export class NativeLink implements TensorLink {
     this.#planRetry();
   }
 
-  #planRetry(): void {
+  #planRetry(isFirst = true): void {
     const delayMs = RETRY_INTERVAL_MS * (1 + Math.random());
     this.#retryTimer = setTimeout(() => {
       this.#connectToAny().then(
         () => {
           if (!this.#isClosed) this.#tell('reconnect');
         },
-        () => {
+        (cause: unknown) => {
+          if (this.#isClosed) return;
+          if (isFirst && !(cause instanceof ConnectionFailed)) this.#complain(cause);
           // A server that restarts with other passwords refuses us until our file has ours.
-          if (!this.#isClosed) this.#planRetry();
+          this.#planRetry(false);
         },
       );
     }, delayMs);
   }
 
+  #complain(cause: unknown): void {
+    const what = cause instanceof TlsRequired ? 'nats-server wants TLS now' : asLaminaError(cause).message;
+    this.#events.onError(new LaminaError('unavailable', `tensors cannot be connected again: ${what}`, { cause }), '');
+  }
+
   #tell(status: LinkStatus): void {
     for (const callback of this.#statusCallbacks) callback(status);
+  }
+}
+
+/** @throws ConnectionFailed */
+function connectSocket(address: string, port: number, events: SocketEvents): NativeSocket {
+  try {
+    return new NativeSocket(address, port, events);
+  } catch (cause) {
+    throw new ConnectionFailed(cause instanceof Error ? cause.message : String(cause));
   }
 }
 

@@ -26,6 +26,8 @@ interface LinkAddon {
   sleep(link: NativeLinkHandle, timeoutUs: number): void;
   hold(link: NativeLinkHandle): void;
   attach(link: NativeLinkHandle, subscription: number, handler: object): void;
+  detach(link: NativeLinkHandle, subscription: number): void;
+  setMaxPayload(link: NativeLinkHandle, numBytes: number): void;
   close(link: NativeLinkHandle): void;
 }
 
@@ -38,6 +40,8 @@ const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', 
   'sleep',
   'hold',
   'attach',
+  'detach',
+  'setMaxPayload',
   'close',
 ]);
 
@@ -123,9 +127,18 @@ export class NativeSocket {
     return memory;
   }
 
-  /** Messages of the subscription are handed to it first, and what it answers is published. Keep it as long as the socket. */
+  /** Messages of the subscription are handed to it first, and what it answers is published. */
   attach(subscription: number, handler: object): void {
     this.#addon.attach(this.#handle, subscription, handler);
+  }
+
+  detach(subscription: number): void {
+    this.#addon.detach(this.#handle, subscription);
+  }
+
+  /** Of what handlers may answer. */
+  set maxPayloadBytes(numBytes: number) {
+    this.#addon.setMaxPayload(this.#handle, numBytes);
   }
 
   publish(subject: string, reply: string, data: Uint8Array): void {

@@ -25,7 +25,8 @@ export function readServerInfo(json: string, known: ServerInfo): ServerInfo {
       typeof maxPayload === 'number' && Number.isInteger(maxPayload) && maxPayload > 0
         ? maxPayload
         : known.maxPayloadBytes,
-    isTlsRequired: typeof tlsRequired === 'boolean' ? tlsRequired : known.isTlsRequired,
+    // A server that does not want it does not say so.
+    isTlsRequired: tlsRequired === true,
     otherServers: Array.isArray(connectUrls)
       ? connectUrls.filter((url): url is string => typeof url === 'string').slice(0, MAX_SERVERS)
       : known.otherServers,

@@ -17,8 +17,8 @@ struct FrameAnswer {
 struct FrameHandler {
   static constexpr uint64_t kMagic = 0x6c616d696e614631;
   uint64_t magic = kMagic;
-  /** False: JavaScript is to see the message, of which nothing has been done. */
-  bool (*handle)(void* context, const uint8_t* data, size_t length, FrameAnswer* answer) = nullptr;
+  /** False: JavaScript is to see the message, of which nothing has been done. An answer has `max_answer_bytes` at most. */
+  bool (*handle)(void* context, const uint8_t* data, size_t length, size_t max_answer_bytes, FrameAnswer* answer) = nullptr;
   void* context = nullptr;
 };
 

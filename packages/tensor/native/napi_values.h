@@ -45,7 +45,7 @@ inline bool read_bool(napi_env env, napi_value value, bool* out) {
 inline bool read_string(napi_env env, napi_value value, std::string* out) {
   char buffer[1024];
   size_t length = 0;
-  if (napi_get_value_string_utf8(env, value, buffer, sizeof buffer, &length) != napi_ok || length + 1 == sizeof buffer) {
+  if (napi_get_value_string_latin1(env, value, buffer, sizeof buffer, &length) != napi_ok || length + 1 == sizeof buffer) {
     fail(env, "expected a short string");
     return false;
   }

@@ -37,6 +37,8 @@ class ShardMember {
   /** Number of the last fence that holds. */
   #fencedUpTo = 0;
   #isFencing = false;
+  /** The server has the subscription of this life: before, its blocks would be given out and nobody heard. */
+  #isListening = false;
   #heartbeatIntervalMs = RETRY_MS;
   #timer: NodeJS.Timeout | undefined;
   #beating: Promise<void> = Promise.resolve();
@@ -99,9 +101,26 @@ class ShardMember {
       if (this.#life !== undefined && (!known || layout === null || !sameKvLayout(this.#life.layout, layout)))
         await this.#endLife();
       else if (this.#life === undefined && layout !== null) this.#beginLife(layout);
-      else if (this.#life === undefined || !this.#fence(this.#life, reply.fences)) return;
+      else if (this.#life !== undefined && !this.#isListening) {
+        if (!(await this.#listens())) return;
+      } else if (this.#life === undefined || !this.#fence(this.#life, reply.fences)) return;
       // Something changed: say so now, not a heartbeat later.
     }
+  }
+
+  /** Without the connection of the tensors the next heartbeat asks again. */
+  async #listens(): Promise<boolean> {
+    let timer: NodeJS.Timeout | undefined;
+    const tooLate = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), MIN_HEARTBEAT_TIMEOUT_MS);
+    });
+    const flushed = this.#context.link.flush().then(
+      () => true,
+      () => false,
+    );
+    this.#isListening = await Promise.race([flushed, tooLate]);
+    clearTimeout(timer);
+    return this.#isListening;
   }
 
   /** Returns whether there is something new to confirm. */
@@ -127,7 +146,7 @@ class ShardMember {
           shardId: this.#shardId,
           budgetBytes: config.kvBudgetBytes,
           kernel: this.kernelName,
-          numBlocks: this.#life?.numBlocks ?? null,
+          numBlocks: this.#isListening ? (this.#life?.numBlocks ?? null) : null,
           fencedUpTo: this.#fencedUpTo,
         },
         { timeoutMs: Math.max(MIN_HEARTBEAT_TIMEOUT_MS, this.#heartbeatIntervalMs) },
@@ -151,6 +170,7 @@ class ShardMember {
   async #endLife(): Promise<void> {
     const life = this.#life;
     this.#life = undefined;
+    this.#isListening = false;
     this.#fencedUpTo = 0;
     this.#isFencing = false;
     this.#shardId = `${this.#context.instanceId}-${++this.#numLives}`;

@@ -175,12 +175,12 @@ export class TensorPlane {
     stats.attended(step.numQueryRows, numKvTokens, numKvTokens * this.#bytesPerTokenLayer, seconds);
   }
 
-  /** Steps whose frames have checksums of their tensors, or answers that must be split, stay with us. */
+  /** Steps whose frames have checksums of their tensors stay with us. */
   #arm(step: WaveStep): void {
     const { answer, header } = step;
     if (step.isArmed || this.#frames === undefined) return;
     step.isArmed = true;
-    if (header.isBodyChecked || answer.length > this.#link.maxPayloadBytes) return;
+    if (header.isBodyChecked) return;
     const expectedHeader = new Uint8Array(FRAME_HEADER_BYTES);
     writeFrameHeader(expectedHeader, { ...header, kind: FRAME_KIND.attend, bodyBytes: step.attendBytes });
     const kvTokens = Float64Array.from({ length: this.#kernel.layout.numLayers }, (_, layer) =>

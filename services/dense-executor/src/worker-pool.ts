@@ -25,9 +25,9 @@ export interface WorkerPoolEvents {
   onStepFailed(wave: number, result: StepFailed): void;
   onComplaint(error: LaminaError): void;
   onLate(shardIds: readonly string[]): void;
-  /** A worker died or could not start. */
   /** A worker's tensors do not travel as they were meant to. */
   onLinkFallback(reason: string): void;
+  /** A worker died or could not start. */
   onDeath(error: LaminaError): void;
 }
 

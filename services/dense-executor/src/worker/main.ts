@@ -129,7 +129,6 @@ link.onStatus((status) => {
   if (status !== 'reconnect') return;
   for (const wave of waves) wave.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
 });
-await link.flush();
 
 /** A layer that waits longer makes its shards suspect. */
 const LATE_AFTER_MS = 200;
@@ -233,4 +232,6 @@ port.on('message', (message: ToWorker) => {
     }
   }
 });
+// The connection may have been cut while the model was loaded.
+await flushed();
 post({ kind: 'ready', linkFallbackReason: fallbackReason });

@@ -27,7 +27,8 @@ import { TensorExchange } from './tensor-exchange.ts';
 import type { Turns } from './turns.ts';
 
 /** The thread waits in the socket for so long; then the event loop has its turn, and what else is to be heard is heard. */
-const MAX_BLOCK_US = 2_000;
+const MAX_BLOCK_MS = 2;
+const MAX_BLOCK_US = 1000 * MAX_BLOCK_MS;
 /** Few rows are answered so soon that sleeping meanwhile costs more than the core: an answer to one takes some 150 us. */
 const MAX_SPIN_ROWS = 4;
 const SPIN_US = 300;
@@ -161,9 +162,19 @@ export class Wave {
       cursor.advance(LAYER_EVENT.DISPATCHED);
       const dispatchedMs = performance.now();
       if (self === undefined) {
-        while (turns.numRunnable === 0 && link.receive(MAX_BLOCK_US, spinUs));
+        while (
+          turns.numRunnable === 0 &&
+          link.receive(MAX_BLOCK_US, spinUs) &&
+          performance.now() - dispatchedMs < MAX_BLOCK_MS
+        );
         await answered;
-      } else await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]);
+      } else {
+        // What is computed here is told by the event loop: no other wave may keep it from that.
+        turns.numRunnable++;
+        await Promise.all([answered, self.attend(layer, outputs.query, outputs.key, outputs.value)]).finally(() => {
+          turns.numRunnable--;
+        });
+      }
       const answeredMs = performance.now();
       attention = new Tensor('float32', exchange.gathered(), attentionShape);
       cursor.advance(LAYER_EVENT.GATHERED);
