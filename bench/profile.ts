@@ -28,14 +28,15 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
 /** Starting and ending the profiler itself. */
 const PROFILER = /profile-hook|node:inspector/;
 
-/** Waiting in a socket (packages/bus/native/addon.cc). */
-const SLEEP_FUNCTION = 'sleep';
+/** Waiting in a socket (packages/bus/src/native-socket.ts). */
+const SLEEP_FUNCTION = '#sleepUntilReady';
 
 /** V8 builds the sampler's loop into it. */
 const SAMPLING_FUNCTION = '#sample';
 
 function ownCauseOf(url: string, functionName: string): Cause | 'idle' | undefined {
-  if (url === '') return functionName === SLEEP_FUNCTION ? 'idle' : undefined;
+  if (functionName === SLEEP_FUNCTION) return 'idle';
+  if (url === '') return undefined;
   if (PROFILER.test(url)) return 'idle';
   if (functionName === SAMPLING_FUNCTION) return 'sample';
   return BY_URL.find(([pattern]) => pattern.test(url))?.[1] ?? 'other';

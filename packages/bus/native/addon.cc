@@ -403,7 +403,7 @@ napi_value receive(napi_env env, napi_callback_info info) {
   return result;
 }
 
-/** sleep(link, timeoutUs): until there is something to receive. A function of its own, so that a profile tells it from work. */
+/** sleep(link, timeoutUs): until there is something to receive. */
 napi_value sleep(napi_env env, napi_callback_info info) {
   napi_value args[2];
   int32_t timeout_us = 0;
