@@ -9,6 +9,8 @@ interface Case {
   readonly model: string;
   readonly numRequests: number;
   readonly contextTokens: number;
+  /** Ours; default: int8. */
+  readonly weights?: 'int4';
   /** By peer: what the ratio must reach. */
   readonly peers: Readonly<Partial<Record<PeerName, number | null>>>;
 }
@@ -26,8 +28,12 @@ const CASES: readonly Case[] = [
   { model: SMALL, numRequests: 8, contextTokens: 128, peers: { 'llama-cpp': 1.2, 'transformers-js': null } },
   { model: SMALL, numRequests: 1, contextTokens: 1024, peers: { 'llama-cpp': 0.7 } },
   { model: SMALL, numRequests: 1, contextTokens: 128, peers: { 'llama-cpp': 0.5, 'llama-cpp-q8': 0.5 } },
+  // One request reads all weights for each token: here int4 is faster, and as wide as Q4_0.
+  { model: SMALL, numRequests: 1, contextTokens: 1024, weights: 'int4', peers: { 'llama-cpp': 0.7 } },
+  { model: SMALL, numRequests: 1, contextTokens: 128, weights: 'int4', peers: { 'llama-cpp': 0.5 } },
   { model: 'qwen2.5-0.5b', numRequests: 16, contextTokens: 1024, peers: { 'llama-cpp': 2 } },
   { model: 'qwen2.5-0.5b', numRequests: 1, contextTokens: 128, peers: { 'llama-cpp': 0.7 } },
+  { model: 'qwen2.5-0.5b', numRequests: 1, contextTokens: 128, weights: 'int4', peers: { 'llama-cpp': 0.7 } },
 ];
 
 /** What `--quick` measures: every contestant once, contexts as they are, fewer requests. */
@@ -38,11 +44,17 @@ const QUICK_CASES: readonly Case[] = [
 ];
 
 export async function decode(context: Context): Promise<Row[]> {
-  const ours = new LaminaPeer();
+  let ours = new LaminaPeer();
+  let oursWeights: Case['weights'];
   const peers = new Map<PeerName, RemotePeer>();
   const rows: Row[] = [];
   try {
-    for (const { model, numRequests, contextTokens, peers: wanted } of context.isQuick ? QUICK_CASES : CASES) {
+    for (const { model, numRequests, contextTokens, weights, peers: wanted } of context.isQuick ? QUICK_CASES : CASES) {
+      if (weights !== oursWeights) {
+        await ours.dispose();
+        ours = new LaminaPeer(weights === undefined ? {} : { settings: { weights } });
+        oursWeights = weights;
+      }
       const kinds = (['llama-cpp', 'llama-cpp-q8', 'ort-loop', 'transformers-js'] as const).filter(
         (kind) => wanted[kind] !== undefined,
       );
@@ -53,7 +65,7 @@ export async function decode(context: Context): Promise<Row[]> {
       });
       const names = contestants.map((peer, i): RowName => {
         const mustReach = wanted[kinds[i]!] ?? null;
-        const name = `${model} ${numRequests} x ${contextTokens}`;
+        const name = `${model} ${numRequests} x ${contextTokens}${weights === undefined ? '' : `, ${weights}`}`;
         return { part: 'decode', name, unit: 'tok/s', peerName: peer.name, mustReach };
       });
       const { threads, directory } = context;
