@@ -13,7 +13,8 @@ import { percentiles } from '../chaos/report.ts';
 import { startTestCluster, TEST_CACHE_DIRECTORY, type TestCluster } from '../cluster.ts';
 
 const MODEL = join(ROOT_DIRECTORY, 'models', 'lamina-tiny');
-const NUM_TOKENS = 60;
+/** So many that none of the first is done before all have been asked for. */
+const NUM_TOKENS = 120;
 const NUM_PROMPTS = 4;
 const NUM_ROUNDS = 3;
 /** The greedy client may have 40 open and asks for 80 at once, half of them each way. */
