@@ -4,6 +4,7 @@
 import { Bus } from '@lamina/bus';
 import { SERVICE_NAMES } from '@lamina/protocol';
 import {
+  createComplaints,
   createInstanceId,
   createLogger,
   Registry,
@@ -41,13 +42,16 @@ export async function startInProcess(
     metadata: { instance: instanceId },
     stats: () => running?.stats?.() ?? null,
   });
+  const log = createLogger({ level: 'silent', service, instance: instanceId });
+  const registry = new Registry();
   const context: ServiceContext = {
     service,
     instanceId,
     config: readConfig(service, ['--nats-url', url, ...flags], {}),
     bus,
-    log: createLogger({ level: 'silent', service, instance: instanceId }),
-    registry: new Registry(),
+    log,
+    registry,
+    complain: createComplaints(log, registry),
     fail: (cause) => failures.push(cause),
   };
   const started = await start(context);

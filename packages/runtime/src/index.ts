@@ -1,4 +1,5 @@
 /** Process life: the only package that reads process.env. */
+export { type Complain, createComplaints, MAX_PER_WINDOW, WINDOW_MS } from './complaints.ts';
 export { processEnvironment, readConfig } from './config.ts';
 export { HUB_VARIABLES, hubVariables } from './hub-access.ts';
 export { createLogger, type Logger } from './log.ts';

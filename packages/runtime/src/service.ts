@@ -10,10 +10,11 @@ import { randomBytes } from 'node:crypto';
 import { hostname } from 'node:os';
 import { Bus } from '@lamina/bus';
 import { SERVICE_NAMES } from '@lamina/protocol';
-import { asLaminaError, type LaminaError } from '@lamina/tensor';
+import { asLaminaError } from '@lamina/tensor';
+import { type Complain, createComplaints } from './complaints.ts';
 import { processEnvironment, readConfig } from './config.ts';
 import { createLogger, type Logger } from './log.ts';
-import { answerMetrics, Counter, createRegistry, type Registry } from './metrics.ts';
+import { answerMetrics, createRegistry, type Registry } from './metrics.ts';
 import { natsAccessOf } from './nats-access.ts';
 import type { Config, Service } from './settings.ts';
 import { VERSION } from './version.ts';
@@ -26,6 +27,8 @@ export interface ServiceContext {
   readonly bus: Bus;
   readonly log: Logger;
   readonly registry: Registry;
+  /** For messages that failed: counts them, and logs as many as anybody reads. */
+  readonly complain: Complain;
   /** Ends the process with exit status 1 after logging: for failures in callbacks that nobody awaits. */
   readonly fail: (cause: unknown) => void;
 }
@@ -67,16 +70,7 @@ export async function runService(
     log = createLogger({ level: config.logLevel, service, instance: instanceId });
     const logger = log;
     const registry = createRegistry(service, instanceId);
-    const errors = new Counter({
-      name: 'lamina_bus_errors_total',
-      help: 'Messages that were malformed or whose handler failed',
-      labelNames: ['code'],
-      registers: [registry],
-    });
-    const onError = (error: LaminaError, subject: string): void => {
-      errors.inc({ code: error.code });
-      logger.error({ err: error, subject }, 'message failed');
-    };
+    const complain = createComplaints(logger, registry);
     const stopped = new Promise<void>((resolve) => listenForSignals(resolve));
     const bus = await Promise.race([
       Bus.connect(
@@ -86,7 +80,7 @@ export async function runService(
           connectTimeoutMs: config.natsConnectTimeoutMs,
           access: natsAccessOf(config, service),
         },
-        { onError },
+        { onError: complain },
       ),
       stopped.then(() => undefined),
     ]);
@@ -105,7 +99,7 @@ export async function runService(
     });
     answerMetrics(bus, registry, (cause) => logger.error({ err: cause }, 'metrics failed'));
     running = await Promise.race([
-      start({ service, instanceId, config, bus, log, registry, fail }),
+      start({ service, instanceId, config, bus, log, registry, complain, fail }),
       stopped.then(() => undefined),
     ]);
     if (running !== undefined) {

@@ -13,7 +13,10 @@ import { blockBytes, type KvLayout, LaminaError } from '@lamina/tensor';
 import type { ShardStats } from './shard-stats.ts';
 import { TensorPlane } from './tensor-plane.ts';
 
-export type ShardContext = Pick<ServiceContext, 'instanceId' | 'config' | 'bus' | 'log' | 'registry' | 'fail'>;
+export type ShardContext = Pick<
+  ServiceContext,
+  'instanceId' | 'config' | 'bus' | 'log' | 'registry' | 'complain' | 'fail'
+>;
 
 /** What a life needs besides: tensors do not travel with the rest. */
 export type LifeContext = Pick<ShardContext, 'config' | 'log'> & { readonly link: TensorLink };

@@ -189,7 +189,7 @@ export async function startAttentionShard(context: ShardContext): Promise<Runnin
       connectTimeoutMs: config.natsConnectTimeoutMs,
       access: natsAccessOf(config, 'attention-shard'),
     },
-    { onError: (error, subject) => log.error({ err: error, subject }, 'tensor message failed') },
+    { onError: context.complain },
     config.tensorLink,
   );
   if (fallbackReason !== null) log.warn({ reason: fallbackReason }, 'tensors travel over nats.js, which is slow');

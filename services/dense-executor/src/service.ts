@@ -11,7 +11,7 @@ import {
   type RunningService,
   type ServiceContext,
 } from '@lamina/runtime';
-import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { LaminaError } from '@lamina/tensor';
 import { Executor } from './executor.ts';
 import { KvClient } from './kv-client.ts';
 import { KvLease } from './kv-lease.ts';
@@ -29,7 +29,7 @@ const LEASE_WAIT_MS = 10_000;
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
 export async function startDenseExecutor(context: ServiceContext): Promise<RunningService> {
-  const { bus, config, log, registry, instanceId } = context;
+  const { bus, config, log, registry, instanceId, complain } = context;
   const modelDir = await resolveModel(config.model, {
     ...hubVariables(processEnvironment()),
     cacheDir: config.cacheDir,
@@ -51,12 +51,11 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     running: () => executor.requests.size,
     waves: () => executor.steps.numInFlight,
   });
-  const onError = (cause: unknown): void => log.error({ err: asLaminaError(cause) }, 'bus failed');
   const executor: Executor = new Executor({
     description,
     tokenizer,
     scheduler,
-    tokens: new TokenStream(bus, onError),
+    tokens: new TokenStream(bus, complain),
     metrics,
     log,
   });
@@ -83,7 +82,7 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     {
       onStepDone: (wave, result) => executor.steps.onStepDone(wave, result),
       onStepFailed: (wave, result) => executor.steps.onStepFailed(wave, result),
-      onComplaint: onError,
+      onComplaint: complain,
       onLate: (shardIds) => {
         for (const shardId of shardIds) executor.tables.suspect(shardId);
       },
@@ -127,13 +126,13 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
       await executor.requests.below(config.maxRunningRequests);
       if (isStopping) return;
       try {
-        const lease = await queue.lease(LEASE_WAIT_MS, onError);
+        const lease = await queue.lease(LEASE_WAIT_MS, complain);
         if (lease === undefined) continue;
         if (isStopping) lease.release();
         else executor.admit(lease);
       } catch (cause) {
         if (isStopping) return;
-        onError(new LaminaError('unavailable', 'the work queue gives nothing; trying again', { cause }));
+        complain(new LaminaError('unavailable', 'the work queue gives nothing; trying again', { cause }));
         await sleep(1_000);
       }
     }

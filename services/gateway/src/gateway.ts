@@ -25,6 +25,7 @@ import type { GatewayMetrics } from './gateway-metrics.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 import type { RequestState } from './request-state.ts';
+import { StrayCancels } from './stray-cancels.ts';
 import type { Turn, WaitingRoom } from './waiting-room.ts';
 
 export interface GatewayParts extends PreparationParts {
@@ -38,7 +39,6 @@ export interface GatewayParts extends PreparationParts {
 }
 
 const ID_BYTES = 15;
-const NOBODY: AnswerSink = { send: () => undefined };
 const NO_HEADERS = {};
 const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
 
@@ -52,7 +52,7 @@ export class Gateway {
   readonly #turns = new Map<Relay, Turn>();
   /** Those whose clients chose the id. */
   readonly #named = new WeakSet<Relay>();
-  readonly #strays = new Set<NodeJS.Timeout>();
+  readonly #strays = new StrayCancels(EXECUTOR_ANSWER_MS, (id) => this.#endStray(id));
   /** Aborted when the relay closes, so that its prompt gives up its place before the tokenizer. */
   readonly #closing = new WeakMap<Relay, AbortController>();
   #onIdle: (() => void) | undefined;
@@ -178,23 +178,22 @@ export class Gateway {
     if (id.success && this.#of(id.data).length === 0) this.#endStrayLater(id.data);
   }
 
-  /** If no executor has ended it by then. */
   #endStrayLater(id: string): void {
-    const timer = setTimeout(() => {
-      this.#strays.delete(timer);
-      this.#endStray(id).catch((cause: unknown) =>
-        this.#parts.log.error({ err: asLaminaError(cause), requestId: id }, 'a cancel failed'),
-      );
-    }, EXECUTOR_ANSWER_MS);
-    this.#strays.add(timer);
+    if (!this.#strays.add(id)) this.#metrics().ignored.inc({ reason: 'too_many_cancels' });
   }
 
   async #endStray(id: string): Promise<void> {
-    if ((await this.#parts.links.locate(id)) !== 'working') return;
-    const relay = this.#createRelay(id, 'json', NOBODY);
-    this.#open.set(relay, 'gateway');
-    await relay.attach();
-    relay.cancel();
+    try {
+      if ((await this.#parts.links.locate(id)) !== 'working') return;
+      await new Promise<void>((resolve, reject) => {
+        const sink: AnswerSink = { send: (_, __, isFinal) => isFinal && resolve() };
+        const relay = this.#createRelay(id, 'json', sink);
+        this.#open.set(relay, 'gateway');
+        relay.attach().then(() => relay.cancel(), reject);
+      });
+    } catch (cause) {
+      this.#parts.log.error({ err: asLaminaError(cause), requestId: id }, 'a cancel failed');
+    }
   }
 
   #of(requestId: string): Relay[] {
@@ -208,7 +207,7 @@ export class Gateway {
 
   /** Waits for the open relays; what is still open after `graceMs` is answered as unavailable, and runs on if it was named. */
   async drain(graceMs: number): Promise<void> {
-    for (const timer of this.#strays) clearTimeout(timer);
+    this.#strays.stop();
     if (this.#open.size === 0) return;
     let timer: NodeJS.Timeout | undefined;
     const idle = new Promise<void>((resolve) => {
