@@ -99,7 +99,7 @@ describe.each(['native', 'nats'] as const)('%s', (kind) => {
     const held: { data: Uint8Array; memory: HeldMemory | undefined }[] = [];
     let numSeen = 0;
     a!.subscribe('hold', (message) => {
-      if (numSeen++ % 50 === 0) held.push({ data: message.data, memory: message.hold() });
+      if (numSeen++ % 50 === 0) held.push({ data: message.data, memory: message.hold?.() });
     });
     await a!.flush();
     for (let i = 0; i < 600; i++) {

@@ -1,110 +1,22 @@
-// Owns the N-API surface: handles, the completion queue to the event loop, teardown. TypeScript (native-kernel.ts) is its
-// only caller and has checked every index, length and layer; what is checked here is what would corrupt memory.
+// Owns the N-API surface of the kernel. TypeScript (native-kernel.ts) is its only caller and has checked every index, length and
+// layer; what is checked here is what would corrupt memory.
 //
 // Invariants
 // 1. Buffers of an attend stay alive because the caller keeps them until `onDone(id)`, if it is not done when it returns; the
 //    thread-safe function's callback holds the caller.
-// 2. The thread-safe function keeps the process alive only while attends are in flight.
-// 3. No worker outlives the environment: the cleanup hook (added after the thread-safe function, so run before its own)
-//    joins them. After that every call throws.
-#include <algorithm>
 #include <cstring>
 #include <new>
 #include <system_error>
 #include <utility>
 
 #include "cpu_dispatch.h"
-#include "layer_frames.h"
+#include "handles.h"
 #include "napi_values.h"
-#include "worker_pool.h"
+#include "vector_functions.h"
 #include "yardsticks.h"
 
 namespace lamina {
 namespace {
-
-struct KernelHandle {
-  static constexpr uint64_t kMagic = 0x6c616d696e614b31;
-  uint64_t magic = kMagic;
-  napi_env env = nullptr;
-  Engine engine{};
-  std::unique_ptr<ScoreRules> rules;
-  std::unique_ptr<Slab> slab;
-  std::unique_ptr<WorkerPool> pool;
-  napi_threadsafe_function completion = nullptr;
-  /** Attends whose `onDone` has not been called. Touched on the event loop only. */
-  int32_t num_in_flight = 0;
-  /** Made when JavaScript asks for it. */
-  std::shared_ptr<LayerFrames> frames;
-};
-
-/** JavaScript memory that is used between calls. */
-class KeptMemory {
- public:
-  void keep(napi_env env, napi_value value) {
-    env_ = env;
-    references_.emplace_back();
-    napi_create_reference(env, value, 1, &references_.back());
-  }
-  void release() {
-    for (napi_ref reference : references_) napi_delete_reference(env_, reference);
-    references_.clear();
-  }
-
- private:
-  napi_env env_ = nullptr;
-  std::vector<napi_ref> references_;
-};
-
-struct StepHandle {
-  static constexpr uint64_t kMagic = 0x6c616d696e615331;
-  uint64_t magic = kMagic;
-  std::shared_ptr<Step> step;
-  std::unique_ptr<ArmedStep> armed;
-  /** Where it is armed. */
-  std::shared_ptr<LayerFrames> frames;
-  KeptMemory kept;
-
-  void end() {
-    if (armed != nullptr) frames->disarm(armed.get());
-    armed.reset();
-    kept.release();
-    step.reset();
-  }
-};
-
-/** What a link is given. */
-struct FramesHandle : FrameHandler {
-  std::shared_ptr<LayerFrames> frames;
-  KeptMemory kept;
-};
-
-void shut_down(void* data) {
-  KernelHandle* kernel = static_cast<KernelHandle*>(data);
-  if (kernel->frames != nullptr) kernel->frames->close();
-  kernel->pool.reset();
-  if (kernel->completion != nullptr) napi_release_threadsafe_function(kernel->completion, napi_tsfn_abort);
-  kernel->completion = nullptr;
-  kernel->slab.reset();
-}
-
-void close_kernel(KernelHandle* kernel) {
-  if (kernel->completion == nullptr) return;
-  napi_remove_env_cleanup_hook(kernel->env, shut_down, kernel);
-  shut_down(kernel);
-}
-
-/** On the event loop, once per finished job. */
-void complete(napi_env env, napi_value on_done, void* context, void* data) {
-  if (env == nullptr) return;
-  KernelHandle* kernel = static_cast<KernelHandle*>(context);
-  if (--kernel->num_in_flight == 0 && kernel->completion != nullptr)
-    napi_unref_threadsafe_function(env, kernel->completion);
-  napi_value receiver;
-  napi_value id;
-  napi_get_undefined(env, &receiver);
-  napi_create_uint32(env, uint32_t(reinterpret_cast<uintptr_t>(data)), &id);
-  napi_call_function(env, receiver, on_done, 1, &id, nullptr);
-}
 
 /**
  * create(numLayers, numHeads, numKvHeads, headDim, scale, softcap, windowTokens, alibiSlopes, blockSizeTokens, isF16,
@@ -124,7 +36,7 @@ napi_value create(napi_env env, napi_callback_info info) {
   if (!read_int32(env, args[0], &shape.num_layers) || !read_int32(env, args[1], &shape.num_heads) ||
       !read_int32(env, args[2], &shape.num_kv_heads) || !read_int32(env, args[3], &shape.head_dim) ||
       !read_double(env, args[4], &scale) || !read_double(env, args[5], &softcap) ||
-      !read_int32_records(env, args[6], &window_tokens) || !read_float_array(env, args[7], &alibi_slopes) ||
+      !read_int32_records(env, args[6], &window_tokens) || !read_floats(env, args[7], &alibi_slopes) ||
       !read_int32(env, args[8], &shape.block_size_tokens) || !read_bool(env, args[9], &shape.is_f16) ||
       !read_int32(env, args[10], &num_blocks) || !read_int32(env, args[11], &num_threads) ||
       !read_string(env, args[12], &simd))
@@ -179,15 +91,6 @@ napi_value create(napi_env env, napi_callback_info info) {
   return handle;
 }
 
-KernelHandle* read_kernel(napi_env env, napi_value value) {
-  KernelHandle* kernel = read_external<KernelHandle>(env, value);
-  if (kernel != nullptr && kernel->pool == nullptr) {
-    fail(env, "the kernel is closed");
-    return nullptr;
-  }
-  return kernel;
-}
-
 /** kernelName(kernel) */
 napi_value kernel_name(napi_env env, napi_callback_info info) {
   napi_value args[1];
@@ -236,31 +139,20 @@ napi_value begin_step(napi_env env, napi_callback_info info) {
   }
 }
 
-/** Behind others a job waits for its turn, and for theirs to be reported. */
-bool run_at_once(KernelHandle& kernel, const Job& job) {
-  if (kernel.num_in_flight > 0) return false;
-  kernel.pool->run_here(job);
-  return true;
-}
-
 /** frameHandler(kernel, counts, durations): what a link answers the frames of armed steps with. Once per kernel. */
 napi_value frame_handler(napi_env env, napi_callback_info info) {
   napi_value args[3];
   if (!read_arguments(env, info, 3, args)) return nullptr;
   KernelHandle* kernel = read_kernel(env, args[0]);
   if (kernel == nullptr) return nullptr;
-  void* counts = nullptr;
-  void* durations = nullptr;
-  size_t num_counts = 0;
-  size_t num_durations = 0;
-  if (!read_typed_array(env, args[1], napi_float64_array, &counts, &num_counts) ||
-      !read_typed_array(env, args[2], napi_float64_array, &durations, &num_durations))
-    return nullptr;
-  if (num_counts != kNumLayerCounts || num_durations == 0 || kernel->frames != nullptr)
+  TypedArray<double> counts;
+  TypedArray<double> durations;
+  if (!read_array(env, args[1], &counts) || !read_array(env, args[2], &durations)) return nullptr;
+  if (counts.length != kNumLayerCounts || durations.length == 0 || kernel->frames != nullptr)
     return fail(env, "counts of another length, no durations, or a second handler");
   kernel->frames = std::make_shared<LayerFrames>(
-      kernel->engine, [kernel](const Job& job) { return run_at_once(*kernel, job); }, static_cast<double*>(counts),
-      static_cast<double*>(durations), num_durations);
+      kernel->engine, [kernel](const Job& job) { return run_at_once(*kernel, job); }, counts.data, durations.data,
+      durations.length);
   std::unique_ptr<FramesHandle> box(new FramesHandle());
   box->frames = kernel->frames;
   box->context = kernel->frames.get();
@@ -295,19 +187,14 @@ napi_value arm_step(napi_env env, napi_callback_info info) {
   if (kernel == nullptr) return nullptr;
   StepHandle* box = read_external<StepHandle>(env, args[1]);
   if (box == nullptr) return nullptr;
-  void* expected = nullptr;
-  void* answer = nullptr;
-  void* state = nullptr;
-  void* kv_tokens = nullptr;
-  size_t expected_bytes = 0;
-  size_t num_states = 0;
-  size_t num_layers = 0;
+  TypedArray<uint8_t> expected;
+  TypedArray<uint8_t> answer;
+  TypedArray<int32_t> state;
+  TypedArray<double> kv_tokens;
   std::unique_ptr<ArmedStep> armed(new ArmedStep());
-  if (!read_typed_array(env, args[2], napi_uint8_array, &expected, &expected_bytes) ||
-      !read_typed_array(env, args[3], napi_uint8_array, &answer, &armed->answer_bytes) ||
-      !read_string(env, args[4], &armed->reply) ||
-      !read_typed_array(env, args[5], napi_int32_array, &state, &num_states) ||
-      !read_typed_array(env, args[6], napi_float64_array, &kv_tokens, &num_layers))
+  if (!read_array(env, args[2], &expected) || !read_array(env, args[3], &answer) ||
+      !read_string(env, args[4], &armed->reply) || !read_array(env, args[5], &state) ||
+      !read_array(env, args[6], &kv_tokens))
     return nullptr;
   if (kernel->frames == nullptr || box->step == nullptr || box->armed != nullptr)
     return fail(env, "the kernel has no frame handler, or the step has ended or is armed");
@@ -315,15 +202,16 @@ napi_value arm_step(napi_env env, napi_callback_info info) {
   const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
   const size_t cells = size_t(box->step->num_query_rows) * shape.num_heads;
   const size_t kv_cells = size_t(box->step->num_kv_rows) * shape.num_kv_heads;
-  if (expected_bytes != kFrameHeaderBytes || num_states != kNumStepStates || num_layers != size_t(shape.num_layers) ||
-      armed->answer_bytes != kFrameHeaderBytes + cells * (head_bytes + 4))
+  if (expected.length != kFrameHeaderBytes || state.length != kNumStepStates ||
+      kv_tokens.length != size_t(shape.num_layers) || answer.length != kFrameHeaderBytes + cells * (head_bytes + 4))
     return fail(env, "lengths do not fit the step");
   armed->step = box->step;
-  memcpy(armed->expected, expected, kFrameHeaderBytes);
+  std::memcpy(armed->expected, expected.data, kFrameHeaderBytes);
   armed->attend_bytes = head_bytes * (cells + 2 * kv_cells);
-  armed->answer = static_cast<uint8_t*>(answer);
-  armed->state = static_cast<int32_t*>(state);
-  armed->kv_tokens = static_cast<const double*>(kv_tokens);
+  armed->answer = answer.data;
+  armed->answer_bytes = answer.length;
+  armed->state = state.data;
+  armed->kv_tokens = kv_tokens.data;
   for (const int i : {3, 5, 6}) box->kept.keep(env, args[i]);
   box->armed = std::move(armed);
   box->frames = kernel->frames;
@@ -342,22 +230,20 @@ napi_value attend(napi_env env, napi_callback_info info) {
   if (box->step == nullptr) return fail(env, "the step has ended");
   int32_t layer = 0;
   int32_t id = 0;
-  void* qkv = nullptr;
-  void* out = nullptr;
-  size_t qkv_bytes = 0;
-  size_t out_bytes = 0;
-  if (!read_int32(env, args[2], &layer) || !read_typed_array(env, args[3], napi_uint8_array, &qkv, &qkv_bytes) ||
-      !read_typed_array(env, args[4], napi_uint8_array, &out, &out_bytes) || !read_int32(env, args[5], &id))
+  TypedArray<uint8_t> qkv;
+  TypedArray<uint8_t> out;
+  if (!read_int32(env, args[2], &layer) || !read_array(env, args[3], &qkv) || !read_array(env, args[4], &out) ||
+      !read_int32(env, args[5], &id))
     return nullptr;
   const KvShape& shape = kernel->engine.shape;
   const Step& step = *box->step;
   const size_t cells = size_t(step.num_query_rows) * shape.num_heads;
   const size_t kv_cells = size_t(step.num_kv_rows) * shape.num_kv_heads;
   const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
-  if (layer < 0 || layer >= shape.num_layers || qkv_bytes != head_bytes * (cells + 2 * kv_cells) ||
-      out_bytes != cells * (head_bytes + 4))
+  if (layer < 0 || layer >= shape.num_layers || qkv.length != head_bytes * (cells + 2 * kv_cells) ||
+      out.length != cells * (head_bytes + 4))
     return fail(env, "layer or buffer length does not fit the step");
-  Job job{uint32_t(id), box->step, layer, static_cast<const uint8_t*>(qkv), static_cast<uint8_t*>(out)};
+  Job job{uint32_t(id), box->step, layer, qkv.data, out.data};
   const bool is_done = kernel->engine.division_of(job).is_brief && run_at_once(*kernel, job);
   if (!is_done) {
     if (kernel->num_in_flight++ == 0) napi_ref_threadsafe_function(env, kernel->completion);
@@ -416,69 +302,6 @@ napi_value measure_peak_flops(napi_env env, napi_callback_info info) {
   return flops;
 }
 
-/** toHalves(source Float32Array, start, count, target Uint16Array, at): rounded to the nearest float16. */
-napi_value to_halves(napi_env env, napi_callback_info info) {
-  napi_value args[5];
-  if (!read_arguments(env, info, 5, args)) return nullptr;
-  void* source = nullptr;
-  void* target = nullptr;
-  size_t source_length = 0;
-  size_t target_length = 0;
-  int32_t start = 0;
-  int32_t count = 0;
-  int32_t at = 0;
-  if (!read_typed_array(env, args[0], napi_float32_array, &source, &source_length) ||
-      !read_int32(env, args[1], &start) || !read_int32(env, args[2], &count) ||
-      !read_typed_array(env, args[3], napi_uint16_array, &target, &target_length) || !read_int32(env, args[4], &at))
-    return nullptr;
-  if (start < 0 || count < 0 || at < 0 || size_t(start) + size_t(count) > source_length ||
-      size_t(at) + size_t(count) > target_length)
-    return fail(env, "range outside of the arrays");
-  fastest_kernel().to_halves(static_cast<const float*>(source) + start, static_cast<uint16_t*>(target) + at,
-                                        size_t(count));
-  return nullptr;
-}
-
-/** toFloats(source Uint8Array, count, target Float32Array): the first `count` float16 of source, at any alignment. */
-napi_value to_floats(napi_env env, napi_callback_info info) {
-  napi_value args[3];
-  if (!read_arguments(env, info, 3, args)) return nullptr;
-  void* source = nullptr;
-  void* target = nullptr;
-  size_t source_bytes = 0;
-  size_t target_length = 0;
-  int32_t count = 0;
-  if (!read_typed_array(env, args[0], napi_uint8_array, &source, &source_bytes) || !read_int32(env, args[1], &count) ||
-      !read_typed_array(env, args[2], napi_float32_array, &target, &target_length))
-    return nullptr;
-  if (count < 0 || size_t(count) * 2 > source_bytes || size_t(count) > target_length)
-    return fail(env, "range outside of the arrays");
-  const uint8_t* bytes = static_cast<const uint8_t*>(source);
-  float* floats = static_cast<float*>(target);
-  // Through aligned memory: received bytes lie anywhere.
-  uint16_t halves[512];
-  for (size_t done = 0; done < size_t(count);) {
-    const size_t piece = std::min(sizeof halves / 2, size_t(count) - done);
-    std::memcpy(halves, bytes + 2 * done, 2 * piece);
-    fastest_kernel().to_floats(halves, floats + done, piece);
-    done += piece;
-  }
-  return nullptr;
-}
-
-/** argmax(values Float32Array): index of the first largest value; -1 when that is not finite or some value is NaN. */
-napi_value argmax(napi_env env, napi_callback_info info) {
-  napi_value args[1];
-  if (!read_arguments(env, info, 1, args)) return nullptr;
-  void* values = nullptr;
-  size_t length = 0;
-  if (!read_typed_array(env, args[0], napi_float32_array, &values, &length)) return nullptr;
-  if (length > size_t(INT32_MAX)) return fail(env, "too many values");
-  napi_value index;
-  napi_create_int32(env, fastest_kernel().argmax(static_cast<const float*>(values), int32_t(length)), &index);
-  return index;
-}
-
 /** supportedSimd(): names that `simd` of create may have on this processor, fastest first. */
 napi_value supported_simd(napi_env env, napi_callback_info) {
   napi_value list;
@@ -497,22 +320,19 @@ napi_value supported_simd(napi_env env, napi_callback_info) {
 
 NAPI_MODULE_INIT() {
   using namespace lamina;
-  const struct {
-    const char* name;
-    napi_callback function;
-  } functions[] = {{"create", create},       {"kernelName", kernel_name},
-                   {"beginStep", begin_step}, {"attend", attend},
-                   {"endStep", end_step},     {"close", close},
-                   {"supportedSimd", supported_simd}, {"measureBareRead", measure_bare_read},
-                   {"measurePeakFlops", measure_peak_flops},
-                   {"toHalves", to_halves},     {"toFloats", to_floats},
-                   {"argmax", argmax},          {"frameHandler", frame_handler},
-                   {"armStep", arm_step}};
-  for (const auto& entry : functions) {
-    napi_value function;
-    if (napi_create_function(env, entry.name, NAPI_AUTO_LENGTH, entry.function, nullptr, &function) != napi_ok ||
-        napi_set_named_property(env, exports, entry.name, function) != napi_ok)
-      return nullptr;
-  }
-  return exports;
+  return define_functions(env, exports,
+                          {{"create", create},
+                           {"kernelName", kernel_name},
+                           {"beginStep", begin_step},
+                           {"frameHandler", frame_handler},
+                           {"armStep", arm_step},
+                           {"attend", attend},
+                           {"endStep", end_step},
+                           {"close", close},
+                           {"measureBareRead", measure_bare_read},
+                           {"measurePeakFlops", measure_peak_flops},
+                           {"supportedSimd", supported_simd},
+                           {"toHalves", to_halves},
+                           {"toFloats", to_floats},
+                           {"argmax", argmax}});
 }

@@ -1,32 +1,7 @@
-/** Owns the tensor link over nats.js: for where there is no native one. */
-import { Bus, type BusEvents, type BusMessage, type Subscription } from './bus.ts';
+/** Owns the tensor link over nats.js, which never writes to a received chunk again: for where there is no native one. */
+import { Bus, type BusEvents, type Subscription } from './bus.ts';
 import type { BusOptions } from './connection.ts';
 import type { LinkMessage, LinkStatus, TensorLink } from './tensor-link.ts';
-
-/** nats.js never writes to a received chunk again. */
-class BusLinkMessage implements LinkMessage {
-  readonly #message: BusMessage;
-
-  constructor(message: BusMessage) {
-    this.#message = message;
-  }
-
-  get subject(): string {
-    return this.#message.subject;
-  }
-
-  get data(): Uint8Array {
-    return this.#message.data;
-  }
-
-  get reply(): string | undefined {
-    return this.#message.reply;
-  }
-
-  hold(): undefined {
-    return undefined;
-  }
-}
 
 export class BusLink implements TensorLink {
   readonly kind = 'nats';
@@ -54,7 +29,7 @@ export class BusLink implements TensorLink {
   }
 
   subscribe(subject: string, callback: (message: LinkMessage) => void): Subscription {
-    return this.#bus.subscribe(subject, (message) => callback(new BusLinkMessage(message)));
+    return this.#bus.subscribe(subject, callback);
   }
 
   receive(): boolean {

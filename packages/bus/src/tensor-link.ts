@@ -8,8 +8,8 @@ export interface LinkMessage {
   readonly data: Uint8Array;
   /** Subject to answer to, or undefined. */
   readonly reply: string | undefined;
-  /** Keeps `data` unchanged until it is released; undefined when it stays anyway. */
-  hold(): HeldMemory | undefined;
+  /** Keeps `data` unchanged until it is released. Without it, it stays anyway. */
+  hold?(): HeldMemory;
 }
 
 export interface HeldMemory {

@@ -3,6 +3,7 @@
 #include <node_api.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -53,13 +54,48 @@ inline bool read_string(napi_env env, napi_value value, std::string* out) {
   return true;
 }
 
-/** The memory of a typed array of exactly this type; `length` in elements. */
-inline bool read_typed_array(napi_env env, napi_value value, napi_typedarray_type wanted, void** data, size_t* length) {
+/** The memory of a typed array. */
+template <class Element>
+struct TypedArray {
+  Element* data = nullptr;
+  size_t length = 0;
+};
+
+template <class Element>
+struct TypedArrayType;
+template <>
+struct TypedArrayType<uint8_t> {
+  static constexpr napi_typedarray_type value = napi_uint8_array;
+};
+template <>
+struct TypedArrayType<uint16_t> {
+  static constexpr napi_typedarray_type value = napi_uint16_array;
+};
+template <>
+struct TypedArrayType<int32_t> {
+  static constexpr napi_typedarray_type value = napi_int32_array;
+};
+template <>
+struct TypedArrayType<float> {
+  static constexpr napi_typedarray_type value = napi_float32_array;
+};
+template <>
+struct TypedArrayType<double> {
+  static constexpr napi_typedarray_type value = napi_float64_array;
+};
+
+/** A typed array of exactly this element; it stays where it is as long as JavaScript holds it. */
+template <class Element>
+bool read_array(napi_env env, napi_value value, TypedArray<Element>* out) {
   bool is_typed_array = false;
   napi_typedarray_type type = napi_int8_array;
+  void* data = nullptr;
   if (napi_is_typedarray(env, value, &is_typed_array) == napi_ok && is_typed_array &&
-      napi_get_typedarray_info(env, value, &type, length, data, nullptr, nullptr) == napi_ok && type == wanted)
+      napi_get_typedarray_info(env, value, &type, &out->length, &data, nullptr, nullptr) == napi_ok &&
+      type == TypedArrayType<Element>::value) {
+    out->data = static_cast<Element*>(data);
     return true;
+  }
   fail(env, "expected another type of typed array");
   return false;
 }
@@ -68,20 +104,17 @@ inline bool read_typed_array(napi_env env, napi_value value, napi_typedarray_typ
 template <class Record>
 bool read_int32_records(napi_env env, napi_value value, std::vector<Record>* out) {
   static_assert(std::is_trivially_copyable<Record>::value && alignof(Record) == alignof(int32_t), "int32 fields only");
-  void* data = nullptr;
-  size_t length = 0;
-  if (!read_typed_array(env, value, napi_int32_array, &data, &length)) return false;
-  const Record* first = static_cast<const Record*>(data);
-  out->assign(first, first + length / (sizeof(Record) / sizeof(int32_t)));
+  TypedArray<int32_t> fields;
+  if (!read_array(env, value, &fields)) return false;
+  const Record* first = reinterpret_cast<const Record*>(fields.data);
+  out->assign(first, first + fields.length / (sizeof(Record) / sizeof(int32_t)));
   return true;
 }
 
-inline bool read_float_array(napi_env env, napi_value value, std::vector<float>* out) {
-  void* data = nullptr;
-  size_t length = 0;
-  if (!read_typed_array(env, value, napi_float32_array, &data, &length)) return false;
-  const float* first = static_cast<const float*>(data);
-  if (length > 0) out->assign(first, first + length);
+inline bool read_floats(napi_env env, napi_value value, std::vector<float>* out) {
+  TypedArray<float> floats;
+  if (!read_array(env, value, &floats)) return false;
+  if (floats.length > 0) out->assign(floats.data, floats.data + floats.length);
   return true;
 }
 
@@ -96,6 +129,22 @@ T* read_external(napi_env env, napi_value value) {
     return static_cast<T*>(data);
   fail(env, "expected a handle of another kind");
   return nullptr;
+}
+
+struct NamedFunction {
+  const char* name;
+  napi_callback function;
+};
+
+/** Puts the functions on `exports`; null when that fails. */
+inline napi_value define_functions(napi_env env, napi_value exports, std::initializer_list<NamedFunction> functions) {
+  for (const NamedFunction& each : functions) {
+    napi_value function;
+    if (napi_create_function(env, each.name, NAPI_AUTO_LENGTH, each.function, nullptr, &function) != napi_ok ||
+        napi_set_named_property(env, exports, each.name, function) != napi_ok)
+      return nullptr;
+  }
+  return exports;
 }
 
 }  // namespace lamina

@@ -142,7 +142,7 @@ export class TensorPlane {
     try {
       this.#kernel.attend(step.kernelStep, layer, body, step.partial, step.onDone);
       // Not brief: the kernel reads it from other threads.
-      if (step.layerInFlight === layer && body.buffer === frame.buffer) step.heldMemory = message.hold();
+      if (step.layerInFlight === layer && body.buffer === frame.buffer) step.heldMemory = message.hold?.();
     } catch (cause) {
       // Brief attention has ended by now, and it is its answer that could not be published.
       if (step.layerInFlight === layer) {
