@@ -17,8 +17,6 @@ import { BLOCK_SIZE, type BlockStorage, type IntegerStorage, type StoredTensor, 
 const BITS = 4;
 /** MatMulNBits: activations are quantized to int8 too, per row and block. */
 const ACCURACY_LEVEL = 4;
-/** In place of the largest magnitude of a row that is zero. */
-const LEAST_MAGNITUDE = 1e-30;
 
 interface LinearContext {
   readonly piece: GraphPiece;
@@ -179,18 +177,18 @@ function addRounding(
   const middle = 2 ** (activationBits - 1);
   const step = piece.scalar('activation_step', 1 / (middle - 1));
   const zeroPoint = piece.byte('activation_zero_point', middle);
-  const least = piece.scalar('least_magnitude', LEAST_MAGNITUDE);
+  const found = isForeign ? name('finite_largest') : name('largest');
   piece.add(
     node('Abs', [input], [name('magnitudes')]),
-    node('ReduceMax', [name('magnitudes')], [name('finite_largest')], { axes: { ints: [-1] }, keepdims: 1 }),
+    node('ReduceMax', [name('magnitudes')], [found], { axes: { ints: [-1] }, keepdims: 1 }),
   );
-  const largest = [name('finite_largest'), least];
   if (isForeign) {
-    piece.add(node('MatMul', [input, piece.zeros(`zeros_${width}`, [width, 1])], [name('probe')]));
-    largest.push(name('probe'));
+    piece.add(
+      node('MatMul', [input, piece.zeros(`zeros_${width}`, [width, 1])], [name('probe')]),
+      node('Max', [found, name('probe')], [name('largest')]),
+    );
   }
   piece.add(
-    node('Max', largest, [name('largest')]),
     node('Div', [input, name('largest')], [name('fractions')]),
     node('QuantizeLinear', [name('fractions'), step, zeroPoint], [name('rounded')]),
   );

@@ -24,7 +24,7 @@ import {
 /**
  * How matrices, the embedding and the LM head are stored.
  * checkpoint: where they are, in the checkpoint's own files and dtype; nothing is copied.
- * f32, f16: converted, laid out for the operators that use them. int8: integers with a scale per row. int4: in blocks of 32.
+ * f32, f16: converted, laid out for the operators that use them. int8: integers with a scale per row. int4: in blocks.
  */
 export const WEIGHT_FORMATS = ['checkpoint', 'f32', 'f16', 'int8', 'int4'] as const;
 export type WeightFormat = (typeof WEIGHT_FORMATS)[number];

@@ -55,9 +55,9 @@ export interface BlockStorage {
   /** N, and K. */
   readonly rows: number;
   readonly width: number;
-  /** uint8 [N, ceil(K / 32), 16]; of two 4-bit values the first is in the low half. */
+  /** uint8 [N, ceil(K / BLOCK_SIZE), BLOCK_SIZE / 2]; of two 4-bit values the first is in the low half. */
   readonly values: StoredTensor;
-  /** float32 [N, ceil(K / 32)] */
+  /** float32 [N, ceil(K / BLOCK_SIZE)] */
   readonly scales: StoredTensor;
 }
 
@@ -83,7 +83,8 @@ export type WeightStorage =
   | BlockStorage
   | IntegerStorage;
 
-export const BLOCK_SIZE = 32;
+/** With a float32 scale each, 4.5 bits a value: what llama.cpp's Q4_0 takes with blocks of 32 and float16 scales. */
+export const BLOCK_SIZE = 64;
 
 /** What of a storage lies in the weights file, in the order values, scales. */
 export function storedTensorsOf(storage: WeightStorage): readonly StoredTensor[] {

@@ -111,7 +111,7 @@ describe('a build', () => {
     const ratio = (format: WeightFormat): number => (bytes(format) - plain) / whole;
     expect(ratio('f16')).toBeCloseTo(1 / 2, 1);
     expect(ratio('int8')).toBeCloseTo(9 / 32, 1);
-    expect(ratio('int4')).toBeCloseTo(5 / 32, 1);
+    expect(ratio('int4')).toBeCloseTo(4.5 / 32, 1);
   });
 
   it('is made once by several at a time', async () => {

@@ -2,16 +2,17 @@
 import { describe, expect, it } from 'vitest';
 import { activationBitsOf } from '../src/activation-bits.ts';
 import { quantizeBlocks, quantizeRows } from '../src/quantize.ts';
+import { BLOCK_SIZE } from '../src/weight.ts';
 
 function fromBlocks({ values, scales }: ReturnType<typeof quantizeBlocks>, width: number): number[] {
-  const blocks = Math.ceil(width / 32);
+  const blocks = Math.ceil(width / BLOCK_SIZE);
   const rows = scales.length / blocks;
   return Array.from({ length: rows * width }, (_, i) => {
     const [row, column] = [Math.floor(i / width), i % width];
-    const element = row * blocks * 32 + column;
+    const element = row * blocks * BLOCK_SIZE + column;
     const code = (values[element >> 1]! >> ((element & 1) * 4)) & 15;
     // No negative zero.
-    return (code - 8) * scales[row * blocks + (column >> 5)]! + 0;
+    return (code - 8) * scales[row * blocks + Math.floor(column / BLOCK_SIZE)]! + 0;
   });
 }
 
@@ -23,11 +24,11 @@ const sines = (width: number): Float32Array =>
   Float32Array.from({ length: 5 * width }, (_, i) => Math.sin(i * 1.7) * (1 + (i % 7)));
 
 describe('quantizeBlocks', () => {
-  it.each([32, 96, 40])('keeps rows of %d values', (width) => {
+  it.each([BLOCK_SIZE, 3 * BLOCK_SIZE, BLOCK_SIZE + 8])('keeps rows of %d values', (width) => {
     const source = sines(width);
     const quantized = quantizeBlocks(source, width);
-    const blocks = Math.ceil(width / 32);
-    expect(quantized.values).toHaveLength(5 * blocks * 16);
+    const blocks = Math.ceil(width / BLOCK_SIZE);
+    expect(quantized.values).toHaveLength((5 * blocks * BLOCK_SIZE) / 2);
     expect(quantized.scales).toHaveLength(5 * blocks);
     const back = fromBlocks(quantized, width);
     // The largest value of a block may be clipped by a quarter.
@@ -35,9 +36,10 @@ describe('quantizeBlocks', () => {
   });
 
   it('keeps zeros, and values that are whole steps, exactly', () => {
-    expect(fromBlocks(quantizeBlocks(new Float32Array(64), 32), 32)).toEqual(Array(64).fill(0));
-    const steps = Float32Array.from({ length: 32 }, (_, i) => (i === 0 ? -8 : (i % 8) - 3) * 0.25);
-    expect(fromBlocks(quantizeBlocks(steps, 32), 32)).toEqual([...steps]);
+    const width = BLOCK_SIZE;
+    expect(fromBlocks(quantizeBlocks(new Float32Array(2 * width), width), width)).toEqual(Array(2 * width).fill(0));
+    const steps = Float32Array.from({ length: width }, (_, i) => (i === 0 ? -8 : (i % 8) - 3) * 0.25);
+    expect(fromBlocks(quantizeBlocks(steps, width), width)).toEqual([...steps]);
   });
 });
 
