@@ -30,6 +30,7 @@ import {
 } from 'nats';
 import { type BusOptions, connectToNats } from './connection.ts';
 import { guardDiscovery, isForbiddenReply, secretInboxPrefix } from './reply-guard.ts';
+import { StreamPublisher } from './stream-publisher.ts';
 
 /**
  * One received message. `data` is a view at any byte alignment. nats.js never writes to a received chunk again (Node
@@ -130,6 +131,11 @@ export class Bus {
   /** For the JetStream parts of this package. */
   get connection(): NatsConnection {
     return this.#connection;
+  }
+
+  /** For messages of streams that are many. */
+  streamPublisher(timeoutMs: number): StreamPublisher {
+    return new StreamPublisher(this.#connection, this.#inboxPrefix, timeoutMs);
   }
 
   /** Largest message that the server takes, headers included. */

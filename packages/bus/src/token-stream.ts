@@ -27,19 +27,24 @@ import {
   headers,
   type JetStreamClient,
   type JsMsg,
+  Match,
   millis,
   NatsError,
   type StoredMsg,
 } from 'nats';
 import { type Bus, type BusMessage, type Subscription, tooLarge } from './bus.ts';
 import { isStreamMissing, lastMessage } from './stored-message.ts';
+import type { StoreOutcome, StreamPublisher } from './stream-publisher.ts';
 
 const STORE_TIMEOUT_MS = 2_000;
 const READ_TIMEOUT_MS = 5_000;
 const MESSAGE_TOO_LARGE_ERROR_CODE = 10054;
+const EXPECTED_SEQUENCE_HEADER = 'Nats-Expected-Last-Subject-Sequence';
 const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
 /** How often foreign messages may come between looking for the end of an answer and storing behind it. */
 const MAX_FOREIGN_RACES = 8;
+
+type StoreFailure = Exclude<StoreOutcome, { readonly kind: 'stored' }>;
 
 /** How far an answer is stored. */
 export interface StoredEnd {
@@ -65,12 +70,14 @@ interface LastMessage extends StoredEnd {
 export class TokenStream {
   readonly #bus: Bus;
   readonly #jetstream: JetStreamClient;
+  readonly #publisher: StreamPublisher;
   readonly #onError: (error: LaminaError) => void;
 
   /** Call `ensureStreams` first. */
   constructor(bus: Bus, onError: (error: LaminaError) => void) {
     this.#bus = bus;
     this.#jetstream = bus.connection.jetstream();
+    this.#publisher = bus.streamPublisher(STORE_TIMEOUT_MS);
     this.#onError = onError;
   }
 
@@ -118,42 +125,34 @@ export class TokenStream {
     lastSequence: number,
   ): Promise<number | 'otherwise' | undefined> {
     const set = headers();
-    set.set(TOKENS_HEADER, namesOf(tokens));
-    if (tokens.at(-1)?.finish_reason !== null) set.set(FINAL_HEADER, 'true');
-    try {
-      const { seq } = await this.#jetstream.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), {
-        headers: set,
-        timeout: STORE_TIMEOUT_MS,
-        expect: { lastSubjectSequence: lastSequence },
-      });
-      return seq;
-    } catch (cause) {
-      if (cause instanceof NatsError && cause.api_error?.err_code === WRONG_LAST_SEQUENCE_ERROR_CODE)
-        return 'otherwise';
-      this.#onError(asLaminaError(cause));
-      const refusal = await this.#refusalOf(cause);
-      if (refusal !== undefined) throw refusal;
-      return undefined;
-    }
+    set.append(TOKENS_HEADER, namesOf(tokens), Match.Exact);
+    set.append(EXPECTED_SEQUENCE_HEADER, String(lastSequence), Match.Exact);
+    if (tokens.at(-1)?.finish_reason !== null) set.append(FINAL_HEADER, 'true', Match.Exact);
+    const outcome = await this.#publisher.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), set);
+    if (outcome.kind === 'stored') return outcome.sequence;
+    if (outcome.kind === 'refused' && outcome.refusal.errCode === WRONG_LAST_SEQUENCE_ERROR_CODE) return 'otherwise';
+    this.#onError(failureOf(outcome));
+    const refusal = await this.#refusalOf(outcome);
+    if (refusal !== undefined) throw refusal;
+    return undefined;
   }
 
   /** Why a message will not be stored however often it is published; undefined when it may be yet. */
-  async #refusalOf(cause: unknown): Promise<LaminaError | undefined> {
-    if (!(cause instanceof NatsError)) return undefined;
+  async #refusalOf(outcome: StoreFailure): Promise<LaminaError | undefined> {
+    const cause = outcome.kind === 'failed' ? outcome.cause : outcome;
     if (
-      cause.code === ErrorCode.MaxPayloadExceeded ||
-      cause.api_error?.err_code === MESSAGE_TOO_LARGE_ERROR_CODE ||
-      cause.message.includes('Maximum Payload')
+      (outcome.kind === 'refused' && outcome.refusal.errCode === MESSAGE_TOO_LARGE_ERROR_CODE) ||
+      (cause instanceof NatsError && cause.code === ErrorCode.MaxPayloadExceeded)
     )
       return tooLarge('a message of the answer', this.#bus, cause);
-    if (cause.code === ErrorCode.PermissionsViolation) {
+    if (outcome.kind === 'forbidden') {
       const user = 'the user of this service may not publish on lamina.v1.tokens.*';
-      return new LaminaError('unavailable', `the answer cannot be stored: ${user}`, { cause });
+      return new LaminaError('unavailable', `the answer cannot be stored: ${user}`);
     }
     // Nobody listened: the server may be starting, or the stream is gone.
-    if (cause.code === ErrorCode.NoResponders && (await isStreamMissing(this.#bus, STREAMS.tokens.name))) {
+    if (outcome.kind === 'unheard' && (await isStreamMissing(this.#bus, STREAMS.tokens.name))) {
       const advice = `the stream ${STREAMS.tokens.name} was deleted; restart any service to make it again`;
-      return new LaminaError('unavailable', `the answer cannot be stored: ${advice}`, { cause });
+      return new LaminaError('unavailable', `the answer cannot be stored: ${advice}`);
     }
     return undefined;
   }
@@ -263,4 +262,10 @@ function isOfAnswer({ headers: set }: JsMsg): boolean {
 function namesOf(tokens: readonly TokenMessage[]): string {
   const first = tokens[0]!;
   return first.token === null ? 'end' : `${first.index}-${tokens.at(-1)!.index}`;
+}
+
+function failureOf(outcome: StoreFailure): LaminaError {
+  if (outcome.kind === 'failed') return asLaminaError(outcome.cause);
+  const diagnostics = outcome.kind === 'refused' ? { nats: outcome.refusal } : { nats: outcome.kind };
+  return new LaminaError('unavailable', 'a message of an answer was not stored', { diagnostics });
 }
