@@ -1,12 +1,13 @@
 /**
  * Owns profiling a service from inside: loaded by `--import` into all processes of a cluster, it acts in a
- * dense-executor only. SIGUSR2 starts the CPU profiler of every thread, the next one ends it and writes a profile each
+ * dense-executor only. SIGUSR2 starts the CPU profiler of every thread, the next one ends it and writes a ThreadProfile each
  * into BENCH_PROFILE_DIR.
  */
-import { writeFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { Session } from 'node:inspector';
 import { join } from 'node:path';
 import { BroadcastChannel, isMainThread, threadId } from 'node:worker_threads';
+import type { ThreadProfile } from './profile.ts';
 
 const SAMPLING_INTERVAL_US = 500;
 const directory = process.env.BENCH_PROFILE_DIR;
@@ -16,11 +17,23 @@ if (directory !== undefined && process.argv[1]?.includes('dense-executor') === t
   session.connect();
   session.post('Profiler.enable');
   session.post('Profiler.setSamplingInterval', { interval: SAMPLING_INTERVAL_US });
-  const start = (): void => session.post('Profiler.start');
+  const { takeLinkCpuSeconds } = await import('@lamina/bus');
+  /** The first field is what the thread has run, in ns. */
+  const threadCpuMs = (): number => Number(readFileSync('/proc/thread-self/schedstat', 'utf8').split(' ')[0]) / 1e6;
+  let startedCpuMs = 0;
+  const start = (): void => {
+    session.post('Profiler.start');
+    startedCpuMs = threadCpuMs();
+    takeLinkCpuSeconds(true);
+  };
   const stop = (number: number): void => {
+    const cpuMs = threadCpuMs() - startedCpuMs;
+    const linkCpuSeconds = takeLinkCpuSeconds(false);
     session.post('Profiler.stop', (_error, result) => {
-      if (result !== undefined)
-        writeFileSync(join(directory, `${number}-${threadId}.json`), JSON.stringify(result.profile));
+      if (result === undefined) return;
+      const linkCpuMs = linkCpuSeconds === undefined ? undefined : 1000 * linkCpuSeconds;
+      const written: ThreadProfile = { profile: result.profile, cpuMs, linkCpuMs };
+      writeFileSync(join(directory, `${number}-${threadId}.json`), JSON.stringify(written));
     });
   };
   const channel = new BroadcastChannel('profile');

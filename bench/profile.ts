@@ -5,6 +5,9 @@
  * 1. What has no file of its own (built-in functions, garbage collection) counts to whoever called it; native code that
  *    was called from nowhere is `native`.
  * 2. Waiting is no CPU time and is not counted, nor is what the profiler itself takes.
+ * 3. The profiler samples by the clock, so a thread that another has put off its core is counted as if it ran. That happens where
+ *    a message is sent, which wakes its receiver: native code of links counts by its own CPU clock, and what is left of a
+ *    thread's CPU time is divided as its other samples are.
  */
 import type { Profiler } from 'node:inspector';
 
@@ -28,22 +31,29 @@ const BY_URL: readonly (readonly [RegExp, Cause])[] = [
 /** Starting and ending the profiler itself. */
 const PROFILER = /profile-hook|node:inspector/;
 
-/** Waiting in a socket (packages/bus/src/native-socket.ts). */
-const SLEEP_FUNCTION = '#sleepUntilReady';
+/** What is in native code below this file is measured by the link itself (takeLinkCpuSeconds). */
+const NATIVE_LINK = /packages\/bus\/dist\/native-socket/;
 
 /** V8 builds the sampler's loop into it. */
 const SAMPLING_FUNCTION = '#sample';
 
+export interface ThreadProfile {
+  readonly profile: Profiler.Profile;
+  /** CPU time of the thread meanwhile. */
+  readonly cpuMs: number;
+  /** Of that, in native code of links; undefined without them. */
+  readonly linkCpuMs: number | undefined;
+}
+
 function ownCauseOf(url: string, functionName: string): Cause | 'idle' | undefined {
-  if (functionName === SLEEP_FUNCTION) return 'idle';
   if (url === '') return undefined;
   if (PROFILER.test(url)) return 'idle';
   if (functionName === SAMPLING_FUNCTION) return 'sample';
   return BY_URL.find(([pattern]) => pattern.test(url))?.[1] ?? 'other';
 }
 
-/** Milliseconds of CPU by cause. */
-export function causesOf(profile: Profiler.Profile): Record<Cause, number> {
+/** Milliseconds of CPU of a thread by cause. */
+export function causesOf({ profile, cpuMs, linkCpuMs }: ThreadProfile): Record<Cause, number> {
   const parents = new Map<number, number>();
   const nodes = new Map(profile.nodes.map((node) => [node.id, node]));
   for (const node of profile.nodes) for (const child of node.children ?? []) parents.set(child, node.id);
@@ -53,8 +63,9 @@ export function causesOf(profile: Profiler.Profile): Record<Cause, number> {
     if (known !== undefined) return known;
     const { functionName = '', url = '' } = nodes.get(id)?.callFrame ?? {};
     const parent = parents.get(id);
+    const caller = parent === undefined ? '' : (nodes.get(parent)?.callFrame.url ?? '');
     const cause =
-      functionName === '(idle)'
+      functionName === '(idle)' || (url === '' && NATIVE_LINK.test(caller))
         ? 'idle'
         : (ownCauseOf(url, functionName) ??
           (parent === undefined || functionName === '(program)' ? 'native' : causeOf(parent)));
@@ -77,5 +88,9 @@ export function causesOf(profile: Profiler.Profile): Record<Cause, number> {
     const cause = causeOf(id);
     if (cause !== 'idle') result[cause] += Math.max(0, timeDeltas[i + 1] ?? 0) / 1000;
   });
+  const sampledMs = CAUSES.reduce((total, cause) => total + result[cause], 0);
+  const scale = sampledMs === 0 ? 0 : (cpuMs - (linkCpuMs ?? 0)) / sampledMs;
+  for (const cause of CAUSES) result[cause] *= scale;
+  result.nats += linkCpuMs ?? 0;
   return result;
 }

@@ -5,18 +5,15 @@
  * Invariants
  * 1. A share is of all CPU time of the executor process in the same seconds, ONNX Runtime's threads included. The profiler
  *    runs meanwhile, for both sides of it.
- * 2. The profiler samples by the clock, so a thread that another process has put off the core is counted as if it ran:
- *    where the samples are more than the CPU time, they are scaled down to it.
  */
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
-import type { Profiler } from 'node:inspector';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Context } from '../context.ts';
 import { readMetrics, STEP_PARTS, stepCosts } from '../metrics.ts';
 import { LaminaPeer } from '../peers/lamina.ts';
 import { cpuSecondsOf, sleep } from '../processes.ts';
-import { CAUSES, type Cause, causesOf } from '../profile.ts';
+import { CAUSES, type Cause, causesOf, type ThreadProfile } from '../profile.ts';
 import { measuredTogether, type Row, type RowName } from '../rows.ts';
 import type { Pair } from '../statistics.ts';
 
@@ -34,7 +31,7 @@ interface Round {
 }
 
 /** Profiles of all threads, when as many are written as threads are profiled and none is written any more. */
-async function readProfiles(directory: string, number: number): Promise<Profiler.Profile[]> {
+async function readProfiles(directory: string, number: number): Promise<ThreadProfile[]> {
   const deadlineMs = performance.now() + WRITE_TIMEOUT_MS;
   const filesNow = async (): Promise<string[]> =>
     (await readdir(directory)).filter((file) => file.startsWith(`${number}-`));
@@ -61,9 +58,7 @@ async function measureRound(ours: LaminaPeer, directory: string, number: number,
   const causes = (await readProfiles(directory, number)).map(causesOf);
   const { numSteps, ms } = stepCosts(metricsBefore, metricsAfter);
   const totalCpuMs = (1000 * (cpuAfter - cpuBefore)) / numSteps;
-  const sampled = (cause: Cause): number => causes.reduce((total, each) => total + each[cause], 0) / numSteps;
-  const sampledMs = CAUSES.reduce((total, cause) => total + sampled(cause), 0);
-  const sum = (cause: Cause): number => sampled(cause) * Math.min(1, totalCpuMs / sampledMs);
+  const sum = (cause: Cause): number => causes.reduce((total, each) => total + each[cause], 0) / numSteps;
   return {
     cpuMs: {
       machine: sum('machine'),

@@ -53,6 +53,7 @@ napi_value open(napi_env env, napi_callback_info info) {
 
 /** publish(link, subject, reply, data): an empty reply is none. */
 napi_value publish(napi_env env, napi_callback_info info) {
+  const LinkCpu cpu;
   napi_value args[4];
   LinkHandle* handle = read_call(env, info, args);
   ShortText subject;
@@ -69,6 +70,7 @@ napi_value publish(napi_env env, napi_callback_info info) {
 
 /** write(link, bytes): lines of the protocol; sent at once. */
 napi_value write(napi_env env, napi_callback_info info) {
+  const LinkCpu cpu;
   napi_value args[2];
   LinkHandle* handle = read_call(env, info, args);
   TypedArray<uint8_t> bytes;
@@ -81,6 +83,7 @@ napi_value write(napi_env env, napi_callback_info info) {
 
 /** flush(link): sends what was published. */
 napi_value flush(napi_env env, napi_callback_info info) {
+  const LinkCpu cpu;
   napi_value args[1];
   LinkHandle* handle = read_call(env, info, args);
   if (handle == nullptr) return nullptr;
@@ -91,6 +94,7 @@ napi_value flush(napi_env env, napi_callback_info info) {
 
 /** receive(link, spinUs): sends, then takes what comes within that time. Returns how many messages onLine was told of. */
 napi_value receive(napi_env env, napi_callback_info info) {
+  const LinkCpu cpu;
   napi_value args[2];
   LinkHandle* handle = read_call(env, info, args);
   int32_t spin_us = 0;
@@ -104,6 +108,7 @@ napi_value receive(napi_env env, napi_callback_info info) {
 
 /** sleep(link, timeoutUs): until there is something to receive. */
 napi_value sleep(napi_env env, napi_callback_info info) {
+  const LinkCpu cpu;
   napi_value args[2];
   LinkHandle* handle = read_call(env, info, args);
   int32_t timeout_us = 0;
@@ -158,6 +163,16 @@ napi_value close(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
+/** takeCpuSeconds(isMeasured): what links of this thread took since the last call; whether it is measured from now on. */
+napi_value take_cpu_seconds(napi_env env, napi_callback_info info) {
+  napi_value args[1];
+  bool is_measured = false;
+  if (!read_arguments(env, info, 1, args) || !read_bool(env, args[0], &is_measured)) return nullptr;
+  napi_value seconds;
+  napi_create_double(env, LinkCpu::take(is_measured), &seconds);
+  return seconds;
+}
+
 napi_value init(napi_env env, napi_value exports) {
   return define_functions(env, exports,
                           {{"open", open},
@@ -170,7 +185,8 @@ napi_value init(napi_env env, napi_value exports) {
                            {"attach", attach},
                            {"detach", detach},
                            {"setMaxPayload", set_max_payload},
-                           {"close", close}});
+                           {"close", close},
+                           {"takeCpuSeconds", take_cpu_seconds}});
 }
 
 }  // namespace

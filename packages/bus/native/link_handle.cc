@@ -1,5 +1,7 @@
 #include "link_handle.h"
 
+#include <ctime>
+
 #include "uv_poll.h"
 
 namespace lamina {
@@ -8,7 +10,47 @@ namespace {
 /** Fields of the record, int32 each. See native-socket.ts. */
 enum RecordField { kKind, kSubscription, kStart, kSubject, kSubjectEnd, kReply, kReplyEnd, kHeaders, kPayload, kEnd, kNumFields };
 
+thread_local bool t_is_cpu_measured = false;
+thread_local int t_depth = 0;
+thread_local double t_entered_at = 0;
+thread_local double t_cpu_seconds = 0;
+
+double thread_cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
+}
+
 }  // namespace
+
+void LinkCpu::enter() {
+  if (t_is_cpu_measured && t_depth++ == 0) t_entered_at = thread_cpu_seconds();
+}
+
+void LinkCpu::leave() {
+  if (t_depth > 0 && --t_depth == 0) t_cpu_seconds += thread_cpu_seconds() - t_entered_at;
+}
+
+LinkCpu::Pause::Pause() : depth_(t_depth) {
+  if (depth_ > 0) {
+    t_depth = 1;
+    leave();
+  }
+}
+
+LinkCpu::Pause::~Pause() {
+  if (depth_ > 0) {
+    t_entered_at = thread_cpu_seconds();
+    t_depth = depth_;
+  }
+}
+
+double LinkCpu::take(bool is_measured) {
+  const double seconds = t_cpu_seconds;
+  t_cpu_seconds = 0;
+  t_is_cpu_measured = is_measured;
+  return seconds;
+}
 
 void LinkHandle::delete_reference(napi_ref* reference) {
   if (*reference != nullptr) napi_delete_reference(env_, *reference);
@@ -20,6 +62,7 @@ void LinkHandle::call(napi_ref function, size_t count, napi_value* arguments, na
   napi_value receiver;
   if (napi_get_reference_value(env_, function, &callee) != napi_ok || callee == nullptr) return;
   napi_get_undefined(env_, &receiver);
+  const LinkCpu::Pause pause;
   if (napi_call_function(env_, receiver, callee, count, arguments, result) == napi_pending_exception) {
     // The callbacks guard what they run; what still comes out is a defect and must not vanish.
     napi_value error;
@@ -85,6 +128,7 @@ void LinkHandle::stop_watching() {
 }
 
 void LinkHandle::on_ready(void* poll, int status, int events) {
+  const LinkCpu cpu;
   LinkHandle* self = static_cast<LinkHandle*>(uv_handle_get_data(poll));
   if (!self->link_.is_open()) return;
   napi_handle_scope scope;

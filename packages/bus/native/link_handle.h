@@ -15,6 +15,34 @@
 
 namespace lamina {
 
+/**
+ * CPU time of this thread in native code of links, callbacks left out, while it is measured: a profile by the clock takes a thread
+ * that a system call has put off its core for a busy one.
+ */
+class LinkCpu {
+ public:
+  LinkCpu() { enter(); }
+  ~LinkCpu() { leave(); }
+  LinkCpu(const LinkCpu&) = delete;
+  LinkCpu& operator=(const LinkCpu&) = delete;
+  static void enter();
+  static void leave();
+  /** Seconds since the last call of this; from now on it is measured or not. */
+  static double take(bool is_measured);
+
+  /** As long as JavaScript runs. */
+  class Pause {
+   public:
+    Pause();
+    ~Pause();
+    Pause(const Pause&) = delete;
+    Pause& operator=(const Pause&) = delete;
+
+   private:
+    const int depth_;
+  };
+};
+
 class LinkHandle final : public LinkOwner {
  public:
   static constexpr uint64_t kMagic = 0x6c616d696e614c31;

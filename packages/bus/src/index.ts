@@ -9,6 +9,7 @@ export {
   type Subscription,
 } from './bus.ts';
 export { type BusOptions, type NatsAccess, redactUrl } from './connection.ts';
+export { takeLinkCpuSeconds } from './native-socket.ts';
 export { openTensorLink, TENSOR_LINK_KINDS, type TensorLinkKind } from './open-tensor-link.ts';
 export { type DurablePrompt, PromptQueue } from './prompt-queue.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';

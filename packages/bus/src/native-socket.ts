@@ -29,6 +29,7 @@ interface LinkAddon {
   detach(link: NativeLinkHandle, subscription: number): void;
   setMaxPayload(link: NativeLinkHandle, numBytes: number): void;
   close(link: NativeLinkHandle): void;
+  takeCpuSeconds(isMeasured: boolean): number;
 }
 
 const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', import.meta.url), [
@@ -43,10 +44,19 @@ const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', 
   'detach',
   'setMaxPayload',
   'close',
+  'takeCpuSeconds',
 ]);
 
 /** Why there is no native link on this machine, or undefined. */
 export const noNativeLinkReason: string | undefined = loaded.addon === null ? loaded.reason : undefined;
+
+/**
+ * CPU seconds of native code of links on this thread since the last call, and whether it is measured from now on: for profiles,
+ * whose clock takes a thread that a system call has put off its core for a busy one. Undefined without native links.
+ */
+export function takeLinkCpuSeconds(isMeasured: boolean): number | undefined {
+  return loaded.addon?.takeCpuSeconds(isMeasured);
+}
 
 /** Kinds of lines that are told of: LineKind of native/server_lines.h. */
 export const LINE_KIND = { message: 1, info: 2, pong: 4, error: 6 } as const;
