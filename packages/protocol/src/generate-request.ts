@@ -20,6 +20,11 @@ const stopStringSchema = z
   .min(1, 'a stop string must not be empty')
   .max(LIMITS.stopStringCharacters, `a stop string has at most ${LIMITS.stopStringCharacters} characters`);
 
+/** Where zod's arrays have a maximum, it is looked at before their elements: without one, each bad element is an issue. */
+const stopStringsSchema = z
+  .array(stopStringSchema, 'must be a text or an array of texts')
+  .max(LIMITS.stopStrings, `at most ${LIMITS.stopStrings} stop strings are taken`);
+
 /** One pass and at most one issue, the first: an issue per token of a large bad prompt would hold its reader up for seconds. */
 const tokenIdsSchema = z
   .custom<number[]>(Array.isArray, 'must be an array of token ids')
@@ -42,7 +47,7 @@ export const generateRequestSchema = z
     messages: z
       .array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() }))
       .min(1, 'must not be empty')
-      .max(LIMITS.messages)
+      .max(LIMITS.messages, `at most ${LIMITS.messages} messages are taken`)
       .optional(),
     token_ids: tokenIdsSchema.optional(),
     max_tokens: z.int().min(1).max(LIMITS.maxTokens).optional(),
@@ -52,7 +57,9 @@ export const generateRequestSchema = z
     min_p: z.number().min(0).max(1).optional(),
     seed: z.int().optional(),
     stop: z
-      .union([stopStringSchema.transform((stop) => [stop]), z.array(stopStringSchema).max(LIMITS.stopStrings)])
+      .unknown()
+      .transform((stop) => (typeof stop === 'string' ? [stop] : stop))
+      .pipe(stopStringsSchema)
       .optional(),
     logprobs: z.union([z.boolean(), z.int().min(0).max(LIMITS.topLogprobs)]).optional(),
     ignore_eos: z.boolean().optional(),

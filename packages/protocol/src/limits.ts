@@ -7,6 +7,8 @@ export const LIMITS = {
   stopStringCharacters: 256,
   topLogprobs: 20,
   messages: 1024,
+  /** Parts of the content of one message (HTTP). */
+  contentParts: 1024,
   maxTokens: 1_000_000,
   /** Tokens of one prompt, whatever the context of the model. */
   promptTokens: 1_000_000,

@@ -1,7 +1,7 @@
 /** The body of lamina.v1.generate as clients write it, well and badly. */
 import { describe, expect, test } from 'vitest';
 import { packMessage } from '../src/codec.ts';
-import { encodingOf, parseGenerateBody, requestIdOf } from '../src/generate-request.ts';
+import { checkGenerateRequest, encodingOf, parseGenerateBody, requestIdOf } from '../src/generate-request.ts';
 import { LIMITS } from '../src/limits.ts';
 
 const json = (value: unknown): Uint8Array => Buffer.from(JSON.stringify(value));
@@ -221,6 +221,24 @@ describe('what is said about a bad request', () => {
       'invalid_request: token_ids.0: must be an integer that is at least 0',
     );
     expect(refusal(json(bodies['bad messages']))).toMatch(/and \d+ more$/);
+  });
+
+  const many = new Array<number>(2_000_000).fill(1);
+  test.for([
+    ['messages', { messages: many }, `messages: at most ${LIMITS.messages} messages are taken`],
+    ['stop', { prompt: 'x', stop: many }, `stop: at most ${LIMITS.stopStrings} stop strings are taken`],
+    ['token_ids', { token_ids: many }, `token_ids: has 2000000 tokens; at most ${LIMITS.promptTokens} are taken`],
+    ['prompt', { prompt: many }, 'prompt: Invalid input: expected string, received array'],
+    [
+      'content',
+      { messages: [{ role: 'user', content: many }] },
+      'messages.0.content: Invalid input: expected string, received array',
+    ],
+  ] as const)('two million elements of %s are counted, not looked at', ([, value, message]) => {
+    const before = process.cpuUsage();
+    expect(() => checkGenerateRequest(value)).toThrow(expect.objectContaining({ code: 'invalid_request', message }));
+    // Of this process, whatever else the machine does.
+    expect(process.cpuUsage(before).user).toBeLessThan(150_000);
   });
 
   test('deep nesting is refused, not a crash', () => {

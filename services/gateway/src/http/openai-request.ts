@@ -5,7 +5,7 @@
  * 1. A field that would change the answer and is not supported is refused, never ignored; null means not given.
  * 2. Bounds are those of `lamina.v1.generate`: what is read here is checked by its schema.
  */
-import { checkGenerateRequest, describeIssues, type GenerateRequest } from '@lamina/protocol';
+import { checkGenerateRequest, describeIssues, type GenerateRequest, LIMITS } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 import { z } from 'zod';
 
@@ -22,6 +22,11 @@ const MIN_TOP_P = 1e-6;
 const passed = z.unknown().optional();
 const unsupported = 'is not supported';
 
+function isTexts(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return false;
+  return Object.values(value).every((each) => typeof each === 'string');
+}
+
 const common = {
   model: z.string().optional(),
   max_tokens: passed,
@@ -37,7 +42,7 @@ const common = {
   logit_bias: z.strictObject({}, unsupported).optional(),
   // Said about a request, not to the model.
   user: z.string().optional(),
-  metadata: z.record(z.string(), z.string()).optional(),
+  metadata: z.custom<Readonly<Record<string, string>>>(isTexts, 'must be an object of texts').optional(),
   store: z.boolean().optional(),
   service_tier: z.string().optional(),
   // Ours.
@@ -48,46 +53,59 @@ const common = {
   deadline_ms: passed,
 } as const;
 
+/** One text, alone or in an array, or token ids, which are checked later. */
+const promptSchema = z.unknown().transform((prompt, context): string | unknown[] => {
+  const only: unknown = Array.isArray(prompt) && prompt.length === 1 ? prompt[0] : prompt;
+  if (typeof only === 'string') return only;
+  if (Array.isArray(prompt) && prompt.length > LIMITS.promptTokens) {
+    const message = `has ${prompt.length} tokens; at most ${LIMITS.promptTokens} are taken`;
+    context.addIssue({ code: 'custom', message });
+  } else if (Array.isArray(prompt) && prompt.length > 0 && prompt.every((id) => typeof id === 'number')) return prompt;
+  else context.addIssue({ code: 'custom', message: 'must be one text or one array of token ids' });
+  return z.NEVER;
+});
+
 const completionSchema = z.strictObject({
   ...common,
-  prompt: z.union(
-    [
-      z.string(),
-      z.array(z.number()).min(1),
-      z
-        .array(z.string())
-        .length(1)
-        .transform(([prompt]) => prompt ?? ''),
-    ],
-    'must be one text or one array of token ids',
-  ),
+  prompt: promptSchema,
   logprobs: passed,
   echo: z.literal(false, unsupported).optional(),
   best_of: z.literal(1, 'must be 1').optional(),
   suffix: z.literal('', unsupported).optional(),
 });
 
-const contentSchema = z.union(
-  [
-    z.string(),
-    z
-      .array(z.strictObject({ type: z.literal('text'), text: z.string() }))
-      .transform((parts) => parts.map(({ text }) => text).join('')),
-  ],
-  'must be text, or an array of parts of the type "text"',
-);
+const partSchema = z.strictObject({ type: z.literal('text'), text: z.string() });
+/** At most one issue, the first: those of all the parts of all the messages of a large bad body would hold this process up for seconds. */
+const contentSchema = z.unknown().transform((content, context): string => {
+  if (typeof content === 'string') return content;
+  const fail = (message: string, path: number[] = []): never => {
+    context.addIssue({ code: 'custom', path, message });
+    return z.NEVER;
+  };
+  if (!Array.isArray(content)) return fail('must be text, or an array of parts of the type "text"');
+  if (content.length > LIMITS.contentParts) return fail(`at most ${LIMITS.contentParts} parts are taken`);
+  const texts: string[] = [];
+  for (const [index, part] of content.entries()) {
+    const read = partSchema.safeParse(part);
+    if (!read.success) return fail('must be {"type": "text", "text": <text>}', [index]);
+    texts.push(read.data.text);
+  }
+  return texts.join('');
+});
+
+const messageSchema = z.strictObject({
+  role: z
+    .enum(['system', 'developer', 'user', 'assistant', 'tool'])
+    .transform((role) => (role === 'developer' ? 'system' : role)),
+  content: contentSchema,
+  name: z.string().optional(),
+});
 
 const chatSchema = z.strictObject({
   ...common,
-  messages: z.array(
-    z.strictObject({
-      role: z
-        .enum(['system', 'developer', 'user', 'assistant', 'tool'])
-        .transform((role) => (role === 'developer' ? 'system' : role)),
-      content: contentSchema,
-      name: z.string().optional(),
-    }),
-  ),
+  messages: z
+    .array(messageSchema, 'must be an array of messages')
+    .max(LIMITS.messages, `at most ${LIMITS.messages} messages are taken`),
   max_completion_tokens: passed,
   logprobs: z.boolean().default(false),
   top_logprobs: z.int().min(0).max(20).optional(),
