@@ -1,5 +1,8 @@
 /** The OpenAI API of the gateway over a real nats-server; the test plays its clients, the kv-manager and the executor. */
+
+import { once } from 'node:events';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { createConnection, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Bus, type Subscription, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
@@ -434,6 +437,89 @@ describe('API keys', () => {
       });
     },
   );
+});
+
+describe('what is not let in is answered before its body is there', () => {
+  /** Sends headers that promise a body, and nothing of it. */
+  async function answerTo(path: string, headers: readonly string[] = [], method = 'POST'): Promise<string> {
+    const { hostname, port } = new URL(url);
+    const socket = createConnection({ host: hostname, port: Number(port) });
+    const lines = [`${method} ${path} HTTP/1.1`, 'Host: x', 'Content-Type: application/json', ...headers];
+    socket.write(`${[...lines, 'Content-Length: 4000000'].join('\r\n')}\r\n\r\n{"prompt": "`);
+    try {
+      const [head] = await once(socket, 'data', { signal: AbortSignal.timeout(5_000) });
+      return String(head);
+    } finally {
+      socket.destroy();
+    }
+  }
+
+  test('without its API key', async () => {
+    const directory = mkdtempSync(join(tmpdir(), 'lamina-keys-'));
+    writeFileSync(join(directory, 'keys'), 'alice:sk-0123456789abcdef\n');
+    await restart(['--api-keys-file', join(directory, 'keys')]);
+    rmSync(directory, { recursive: true });
+    for (const [path, method] of [
+      ['/v1/completions'],
+      ['/v1/chat/completions'],
+      ['/v1/requests/x', 'DELETE'],
+    ] as const) {
+      const answer = await answerTo(path, ['Authorization: Bearer sk-0123456789abcdeg'], method);
+      expect(answer).toMatch(/^HTTP\/1.1 401 [\s\S]*"code":"unauthorized"/);
+    }
+    // The whole of a large body does not keep its sender from the answer.
+    const response = await post('/v1/completions', { prompt: 'a'.repeat(4_000_000) });
+    expect([response.status, await response.json()]).toMatchObject([401, { error: { code: 'unauthorized' } }]);
+  });
+
+  test('beyond its rate, and each is counted once', async () => {
+    await restart(['--requests-per-minute', '3']);
+    kvStatus = { ...READY, executors: [] };
+    for (let count = 0; count < 3; count++) expect((await post('/v1/completions', { prompt: 'a' })).status).toBe(503);
+    const answer = await answerTo('/v1/completions');
+    expect(answer).toMatch(/^HTTP\/1.1 429 [\s\S]*retry-after: \d+\r\n[\s\S]*"type":"rate_limit_error"/i);
+    expect(await answerTo('/v1/chat/completions', ['Lamina-Client: a.b'])).toMatch(/^HTTP\/1.1 400 /);
+  });
+
+  test('on a path where nothing is served', async () => {
+    expect(await answerTo('/v1/embeddings')).toMatch(/^HTTP\/1.1 404 [\s\S]*nothing is served at POST/);
+  });
+});
+
+test('connections beyond the bound are closed, and taken again when others have gone', async () => {
+  await restart(['--max-open-requests', '1']);
+  const { hostname, port } = new URL(url);
+  const open: Socket[] = [];
+  const connectOne = async (): Promise<Socket> => {
+    const socket = createConnection({ host: hostname, port: Number(port) });
+    socket.on('error', () => undefined);
+    await once(socket, 'connect');
+    open.push(socket);
+    return socket;
+  };
+  for (let count = 0; count < 4_097; count++) await connectOne();
+  const refused = await connectOne();
+  await once(refused, 'close', { signal: AbortSignal.timeout(5_000) });
+  for (const socket of open) socket.destroy();
+  await eventually(() =>
+    fetch(`${url}/v1/models`).then(
+      ({ status }) => status,
+      () => undefined,
+    ),
+  );
+}, 60_000);
+
+test('metrics are collected once for all who ask within a second', async () => {
+  let asked = 0;
+  const listening = bus.subscribe(SUBJECTS.metrics, () => asked++);
+  await bus.flush();
+  const texts = await Promise.all(
+    Array.from({ length: 20 }, () => fetch(`${url}/metrics`).then((response) => response.text())),
+  );
+  await bus.flush();
+  expect(asked).toBe(1);
+  expect(new Set(texts).size).toBe(1);
+  listening.unsubscribe();
 });
 
 test('a client that asks too often is told when to come again; another is not', async () => {

@@ -4,7 +4,9 @@
  *
  * Invariants
  * 1. Every reply but /metrics and event streams is JSON, errors included.
- * 2. /health asks the cluster each time; 200 means that a prompt would be answered.
+ * 2. Nothing is received for what is not served or not let in: the answer comes when the headers are there.
+ * 3. /health asks the cluster each time; 200 means that a prompt would be answered.
+ * 4. At most `maxConnections` connections are open; one more is closed at once.
  */
 import { ERROR_CODES, LaminaError } from '@lamina/tensor';
 import { type FastifyInstance, fastify } from 'fastify';
@@ -12,6 +14,7 @@ import type { ClusterState } from './cluster-view.ts';
 import { httpErrorOf, openAiError, retryAfterMsOf } from './http/openai-error.ts';
 import { type ApiParts, REQUEST_ID_HEADER, registerOpenAi } from './http/openai-routes.ts';
 import { registerRequests } from './http/request-routes.ts';
+import { shared } from './http/shared.ts';
 
 export interface HttpParts extends ApiParts {
   readonly clusterState: () => Promise<ClusterState>;
@@ -20,11 +23,14 @@ export interface HttpParts extends ApiParts {
   readonly bodyLimitBytes: number;
   /** Pages of this origin may call the API from a browser; `*` = of any, undefined = of none. */
   readonly corsOrigin: string | undefined;
+  readonly maxConnections: number;
   readonly onError: (error: LaminaError) => void;
 }
 
 /** How long a client may take to send its request. */
 const RECEIVE_TIMEOUT_MS = 30_000;
+/** Every service is asked for its metrics and all are rendered: who asks within this time is given the same. */
+const METRICS_MAX_AGE_MS = 1_000;
 
 export function createHttpServer(parts: HttpParts): FastifyInstance {
   const server = fastify({
@@ -34,7 +40,13 @@ export function createHttpServer(parts: HttpParts): FastifyInstance {
     requestTimeout: RECEIVE_TIMEOUT_MS,
     routerOptions: { maxParamLength: 256 },
   });
+  server.server.maxConnections = parts.maxConnections;
   allowOrigin(server, parts.corsOrigin);
+  server.addHook('onRequest', async (request, reply) => {
+    if (!request.is404) return;
+    const error = new LaminaError('invalid_request', `nothing is served at ${request.method} ${request.url}`);
+    return reply.code(404).send(openAiError(error, 404));
+  });
   server.get('/health', async (_, reply) => {
     const state = await parts.clusterState();
     if (state.status === 'unavailable') {
@@ -43,15 +55,12 @@ export function createHttpServer(parts: HttpParts): FastifyInstance {
     const { status, executors, shards, freeBlocks } = state;
     return { status, model: parts.modelId, executors, shards, freeBlocks };
   });
+  const metrics = shared(parts.metrics, METRICS_MAX_AGE_MS);
   server.get('/metrics', async (_, reply) =>
-    reply.type('text/plain; version=0.0.4; charset=utf-8').send(await parts.metrics()),
+    reply.type('text/plain; version=0.0.4; charset=utf-8').send(await metrics()),
   );
   registerOpenAi(server, parts);
   registerRequests(server, parts);
-  server.setNotFoundHandler((request, reply) => {
-    const error = new LaminaError('invalid_request', `nothing is served at ${request.method} ${request.url}`);
-    return reply.code(404).send(openAiError(error, 404));
-  });
   server.setErrorHandler((cause, _, reply) => {
     const { error, status } = httpErrorOf(cause);
     if (error.code === 'internal') parts.onError(error);

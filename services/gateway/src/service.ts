@@ -34,6 +34,8 @@ import { WaitingRoom } from './waiting-room.ts';
 const STATUS_TIMEOUT_MS = 1_000;
 const METRICS_WAIT_MS = 250;
 const DRAIN_GRACE_MS = 10_000;
+/** HTTP connections beyond those of the open requests: for whoever asks, cancels, or keeps one for later. */
+const SPARE_CONNECTIONS = 4_096;
 const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost']);
 const NO_BYTES = new Uint8Array(0);
 
@@ -122,6 +124,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     metrics: () => collectMetrics(bus, METRICS_WAIT_MS),
     bodyLimitBytes: config.httpBodyBytes,
     corsOrigin: config.httpCorsOrigin,
+    maxConnections: config.maxOpenRequests + SPARE_CONNECTIONS,
     onError: (err) => log.error({ err }, 'an HTTP request failed'),
   });
   const httpPort = await listen(server, config.httpHost, config.httpPort);

@@ -41,7 +41,7 @@ export function registerOpenAi(server: FastifyInstance, { modelId, gateway, acce
     format: OpenAiFormat,
     read: (body: unknown, id: string | undefined) => OpenAiRequest,
   ): Promise<unknown> => {
-    const client = access.admit(request.headers, 'requests');
+    const client = access.clientOf(request);
     const { generate, isStream, includeUsage } = read(request.body, request.headers[ID_HEADER]?.toString());
     const afterIndex = lastEventIndex(request);
     // What the client calls it; its messages have the id that the cluster knows.
@@ -73,16 +73,15 @@ export function registerOpenAi(server: FastifyInstance, { modelId, gateway, acce
     return reply;
   };
 
-  server.post('/v1/completions', (request, reply) => complete(request, reply, COMPLETION, readCompletion));
-  server.post('/v1/chat/completions', (request, reply) => complete(request, reply, CHAT, readChatCompletion));
+  const admitting = access.admitting('requests');
+  server.post('/v1/completions', admitting, (request, reply) => complete(request, reply, COMPLETION, readCompletion));
+  server.post('/v1/chat/completions', admitting, (request, reply) =>
+    complete(request, reply, CHAT, readChatCompletion),
+  );
 
   const model = { id: modelId, object: 'model', created: startedAt, owned_by: 'lamina' };
-  server.get('/v1/models', async ({ headers }) => {
-    access.identify(headers);
-    return { object: 'list', data: [model] };
-  });
-  server.get<{ Params: { '*': string } }>('/v1/models/*', async ({ headers, params }) => {
-    access.identify(headers);
+  server.get('/v1/models', access.identifying, async () => ({ object: 'list', data: [model] }));
+  server.get<{ Params: { '*': string } }>('/v1/models/*', access.identifying, async ({ params }) => {
     if (params['*'] === modelId) return model;
     throw new LaminaError('unknown_model', `the model "${params['*']}" is not served here; "${modelId}" is`);
   });

@@ -25,16 +25,17 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
     Params: { id: string };
   }
 
-  server.get<WithId>('/v1/requests/:id', async ({ headers, params }) => {
-    const client = access.admit(headers, 'followUps');
-    const id = checkedId(params.id);
+  const admitting = access.admitting('followUps');
+  server.get<WithId>('/v1/requests/:id', admitting, async (request) => {
+    const client = access.clientOf(request);
+    const id = checkedId(request.params.id);
     const state = await gateway.stateOf(access.requestIdOf(client, id));
     if (state === 'unknown') throw unknown(id);
     return { id, state };
   });
 
-  server.get<WithId>('/v1/requests/:id/events', async (request, reply) => {
-    const client = access.admit(request.headers, 'followUps');
+  server.get<WithId>('/v1/requests/:id/events', admitting, async (request, reply) => {
+    const client = access.clientOf(request);
     const id = checkedId(request.params.id);
     const afterIndex = lastEventIndex(request);
     const requestId = access.requestIdOf(client, id);
@@ -56,9 +57,9 @@ export function registerRequests(server: FastifyInstance, { gateway, access }: A
     return reply;
   });
 
-  server.delete<WithId>('/v1/requests/:id', async ({ headers, params }, reply) => {
-    const client = access.admit(headers, 'followUps');
-    const id = checkedId(params.id);
+  server.delete<WithId>('/v1/requests/:id', admitting, async (request, reply) => {
+    const client = access.clientOf(request);
+    const id = checkedId(request.params.id);
     const requestId = access.requestIdOf(client, id);
     // Also where nothing is known: a durable prompt may still be in its stream.
     gateway.requestCancel(requestId);
