@@ -22,6 +22,7 @@ import type { Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
 import type { GatewayMetrics } from './gateway-metrics.ts';
+import { OpenRelays } from './open-relays.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 import type { RequestState } from './request-state.ts';
@@ -45,9 +46,7 @@ const FINAL_HEADERS = { [FINAL_HEADER]: 'true' };
 export class Gateway {
   readonly #parts: GatewayParts;
   readonly #metrics: () => GatewayMetrics;
-  /** With their clients. */
-  readonly #open = new Map<Relay, string>();
-  readonly #numOfClient = new Map<string, number>();
+  readonly #open = new OpenRelays<Relay>();
   /** Of those that wait for a place in the work queue. */
   readonly #turns = new Map<Relay, Turn>();
   /** Those whose clients chose the id. */
@@ -115,7 +114,7 @@ export class Gateway {
   unfollow(relay: Relay): void {
     const wasCancelling = relay.stop();
     this.#leave(relay);
-    if (wasCancelling && this.#of(relay.id).length === 0) this.#endStrayLater(relay.id);
+    if (wasCancelling && !this.#open.has(relay.id)) this.#endStrayLater(relay.id);
   }
 
   /** The client has gone: nobody wants the rest, unless it was named and may be asked for again. */
@@ -129,20 +128,18 @@ export class Gateway {
   }
 
   async stateOf(requestId: string): Promise<RequestState> {
-    if (this.#of(requestId).length > 0) return 'working';
+    if (this.#open.has(requestId)) return 'working';
     return this.#parts.links.locate(requestId);
   }
 
   #enter(relay: Relay, client: string): boolean {
     const { maxOpenRequests, maxOpenPerClient } = this.#parts;
-    const numOfClient = this.#numOfClient.get(client) ?? 0;
     if (this.#open.size >= maxOpenRequests)
       this.#fail(relay, this.#overloaded(`this gateway answers ${maxOpenRequests} requests already`));
-    else if (numOfClient >= maxOpenPerClient)
+    else if (this.#open.numOf(client) >= maxOpenPerClient)
       this.#fail(relay, this.#overloaded(`the client "${client}" has ${maxOpenPerClient} requests open already`));
     else {
-      this.#open.set(relay, client);
-      this.#numOfClient.set(client, numOfClient + 1);
+      this.#open.add(relay, client);
       return true;
     }
     return false;
@@ -154,28 +151,23 @@ export class Gateway {
   }
 
   #leave(relay: Relay): void {
-    const client = this.#open.get(relay);
-    if (client === undefined) return;
-    this.#open.delete(relay);
+    if (!this.#open.delete(relay)) return;
     this.#turns.get(relay)?.withdraw();
     this.#turns.delete(relay);
-    const rest = (this.#numOfClient.get(client) ?? 1) - 1;
-    if (rest === 0) this.#numOfClient.delete(client);
-    else this.#numOfClient.set(client, rest);
     if (this.#open.size === 0) this.#onIdle?.();
   }
 
   /** One message on `lamina.v1.cancel.<id>`. */
   handleCancel(subject: string): void {
     const id = idSchema.safeParse(subject.slice(subject.lastIndexOf('.') + 1));
-    if (id.success) for (const relay of this.#of(id.data)) relay.cancel();
+    if (id.success) for (const relay of this.#open.of(id.data)) relay.cancel();
     else this.#metrics().ignored.inc({ reason: 'bad_cancel_id' });
   }
 
   /** The same message at one gateway of all: sees to a request that nobody waits for and no executor may have. */
   handleStrayCancel(subject: string): void {
     const id = idSchema.safeParse(subject.slice(subject.lastIndexOf('.') + 1));
-    if (id.success && this.#of(id.data).length === 0) this.#endStrayLater(id.data);
+    if (id.success && !this.#open.has(id.data)) this.#endStrayLater(id.data);
   }
 
   #endStrayLater(id: string): void {
@@ -188,7 +180,7 @@ export class Gateway {
       await new Promise<void>((resolve, reject) => {
         const sink: AnswerSink = { send: (_, __, isFinal) => isFinal && resolve() };
         const relay = this.#createRelay(id, 'json', sink);
-        this.#open.set(relay, 'gateway');
+        this.#open.add(relay, undefined);
         relay.attach().then(() => relay.cancel(), reject);
       });
     } catch (cause) {
@@ -196,13 +188,9 @@ export class Gateway {
     }
   }
 
-  #of(requestId: string): Relay[] {
-    return [...this.#open.keys()].filter((relay) => relay.id === requestId);
-  }
-
   /** Messages may have been lost while the connection was down. */
   handleReconnect(): void {
-    for (const relay of this.#open.keys()) void relay.repair();
+    for (const relay of this.#open.all()) void relay.repair();
   }
 
   /** Waits for the open relays; what is still open after `graceMs` is answered as unavailable, and runs on if it was named. */
@@ -218,7 +206,7 @@ export class Gateway {
     });
     await Promise.race([idle, grace]);
     clearTimeout(timer);
-    for (const relay of [...this.#open.keys()]) {
+    for (const relay of this.#open.all()) {
       const isNamed = this.#named.has(relay);
       if (!isNamed) this.#parts.links.publishCancel(relay.id);
       const advice = isNamed ? 'ask another with the same id for the rest' : 'retry later';
