@@ -232,3 +232,30 @@ test('where a service is answered cannot be guessed from what it says of itself'
     expect([secret, rest[0]].map((token) => token?.startsWith(sequence))).toEqual([false, true]);
   }
 });
+
+test('a gateway hears which of its answers nobody listened to, and where it hears that is not where it is answered', async () => {
+  const unheard: string[] = [];
+  const subjectOf = service.watchUnheard((name) => unheard.push(name));
+  const received: string[] = [];
+  const subscription = attacker.subscribe('_INBOX.dora.mine', {
+    callback: (_, { reply }) => received.push(reply ?? ''),
+  });
+  await attacker.flush();
+  service.publishWithHeaders('_INBOX.dora.mine', new Uint8Array(0), {}, subjectOf('a.0'));
+  await service.flush();
+  await attacker.flush();
+  subscription.unsubscribe();
+  await attacker.flush();
+  service.publishWithHeaders('_INBOX.dora.mine', new Uint8Array(0), {}, subjectOf('a.1'));
+  await service.flush();
+  expect([received, unheard]).toEqual([[subjectOf('a.0')], ['a.1']]);
+  // The server tells a client what it published itself and nobody heard, and tells it to nobody else.
+  attacker.publish('_INBOX.nobody', '', { reply: subjectOf('forged') });
+  attacker.publish(SUBJECTS.cancel('x'), '', { reply: subjectOf('forged') });
+  attacker.publish(subjectOf('forged'));
+  await settle();
+  expect(unheard).toEqual(['a.1']);
+  const [, , secret] = Object(service.connection).options.inboxPrefix.split('.');
+  expect(secret).toMatch(/^[\w-]{20}$/);
+  expect(subjectOf('x')).not.toContain(secret);
+});

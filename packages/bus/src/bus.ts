@@ -75,6 +75,10 @@ export interface BusEvents {
 /** Status of the server's answer to a request on a subject without listeners. */
 const NO_RESPONDERS_STATUS = 503;
 
+function isNoResponders(message: Msg): boolean {
+  return message.data.length === 0 && message.headers?.code === NO_RESPONDERS_STATUS;
+}
+
 const DRAIN_TIMEOUT_MS = 2_000;
 
 /** Fields are decoded when they are read. */
@@ -112,20 +116,28 @@ export class Bus {
   readonly #connection: NatsConnection;
   readonly #events: BusEvents;
   readonly #inboxPrefix: string | undefined;
+  readonly #user: string | undefined;
   #service: Service | undefined;
 
-  private constructor(connection: NatsConnection, events: BusEvents, inboxPrefix: string | undefined) {
+  private constructor(
+    connection: NatsConnection,
+    events: BusEvents,
+    inboxPrefix: string | undefined,
+    user: string | undefined,
+  ) {
     this.#connection = connection;
     this.#events = events;
     this.#inboxPrefix = inboxPrefix;
+    this.#user = user;
     guardDiscovery(connection, (message) => this.#mayAnswer(message));
   }
 
   /** @throws LaminaError `nats_unreachable` */
   static async connect(options: BusOptions, events: BusEvents): Promise<Bus> {
     const { access } = options;
-    const inboxPrefix = access?.passwordFile === undefined ? undefined : secretInboxPrefix(access.user);
-    return new Bus(await connectToNats(options, inboxPrefix), events, inboxPrefix);
+    const user = access?.passwordFile === undefined ? undefined : access.user;
+    const inboxPrefix = user === undefined ? undefined : secretInboxPrefix(user);
+    return new Bus(await connectToNats(options, inboxPrefix), events, inboxPrefix, user);
   }
 
   /** For the JetStream parts of this package. */
@@ -301,10 +313,15 @@ export class Bus {
   }
 
   /** Raw publish with headers: for answers, not for the tensor plane. */
-  publishWithHeaders(subject: string, data: Uint8Array, entries: Readonly<Record<string, string>>): void {
+  publishWithHeaders(
+    subject: string,
+    data: Uint8Array,
+    entries: Readonly<Record<string, string>>,
+    reply?: string,
+  ): void {
     const set = headers();
     for (const [name, value] of Object.entries(entries)) set.set(name, value);
-    const options: PublishOptions = { headers: set };
+    const options: PublishOptions = { headers: set, ...(reply !== undefined && { reply }) };
     this.#connection.publish(subject, data, options);
   }
 
@@ -332,12 +349,26 @@ export class Bus {
     const subscription = this.#connection.subscribe(inbox, {
       callback: (error, message) => {
         if (error) return;
-        const isNoResponders = message.data.length === 0 && message.headers?.code === NO_RESPONDERS_STATUS;
-        this.#guard(subject, () => onReply(isNoResponders ? undefined : new LazyMessage(message)));
+        this.#guard(subject, () => onReply(isNoResponders(message) ? undefined : new LazyMessage(message)));
       },
     });
     this.#connection.publish(subject, data, { reply: inbox });
     return subscription;
+  }
+
+  /**
+   * Calls back with the name of each message that nobody listened to. A message is named by its reply subject, which is
+   * what the returned function makes of a name: tokens of a subject. Call once; the subjects are no secret of this process.
+   */
+  watchUnheard(onUnheard: (name: string) => void): (name: string) => string {
+    // Another one than that of its requests: whoever gets such a message reads it.
+    const prefix = this.#user === undefined ? createInbox() : secretInboxPrefix(this.#user);
+    this.#connection.subscribe(`${prefix}.>`, {
+      callback: (error, message) => {
+        if (error === null && isNoResponders(message)) onUnheard(message.subject.slice(prefix.length + 1));
+      },
+    });
+    return (name) => `${prefix}.${name}`;
   }
 
   /** What every instance of a service says about itself ($SRV.STATS) within `waitMs`. */

@@ -5,7 +5,8 @@
  * 1. Every body that came with a reply subject gets exactly one last message; one without is counted and not run.
  * 2. The same id twice is one request: whoever asks again gets its whole answer, from any gateway.
  * 3. At most `maxOpenRequests` relays are open, and `maxOpenPerClient` of one client, those in admission included.
- * 4. A request whose client chose the id outlives this gateway: the client can ask another for the rest.
+ * 4. A request whose client has gone, over HTTP or NATS, is cancelled, unless the client chose its id.
+ * 5. A request whose client chose the id outlives this gateway: the client can ask another for the rest.
  */
 import { randomBytes } from 'node:crypto';
 import type { BusMessage } from '@lamina/bus';
@@ -27,13 +28,22 @@ import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 import type { RequestState } from './request-state.ts';
 import { StrayCancels } from './stray-cancels.ts';
+import { type ReplyWatch, UnheardReplies } from './unheard-replies.ts';
 import type { Turn, WaitingRoom } from './waiting-room.ts';
 
 export interface GatewayParts extends PreparationParts {
   readonly links: RelayLinks;
   readonly room: Pick<WaitingRoom, 'enter' | 'retryAfterMs'>;
-  /** Publishes one reply; `headers` is empty for all but the last. */
-  readonly reply: (subject: string, data: Uint8Array, headers: Readonly<Record<string, string>>) => void;
+  /**
+   * Publishes one reply; `headers` is empty for all but the last. `name`: under which `handleUnheard` is called if nobody
+   * listened; undefined = it is not to be called.
+   */
+  readonly reply: (
+    subject: string,
+    data: Uint8Array,
+    headers: Readonly<Record<string, string>>,
+    name: string | undefined,
+  ) => void;
   readonly maxOpenRequests: number;
   readonly maxOpenPerClient: number;
   readonly log: Pick<Logger, 'debug' | 'error'>;
@@ -51,6 +61,7 @@ export class Gateway {
   readonly #turns = new Map<Relay, Turn>();
   /** Those whose clients chose the id. */
   readonly #named = new WeakSet<Relay>();
+  readonly #unheard = new UnheardReplies();
   readonly #strays = new StrayCancels(EXECUTOR_ANSWER_MS, (id) => this.#endStray(id));
   /** Aborted when the relay closes, so that its prompt gives up its place before the tokenizer. */
   readonly #closing = new WeakMap<Relay, AbortController>();
@@ -74,8 +85,12 @@ export class Gateway {
       this.#parts.log.debug('a prompt without a reply subject was ignored');
       return;
     }
+    let watch: ReplyWatch | undefined;
     const sink: AnswerSink = {
-      send: (_, bytes, isFinal) => this.#parts.reply(reply, bytes, isFinal ? FINAL_HEADERS : NO_HEADERS),
+      send: (_, bytes, isFinal) => {
+        if (isFinal) watch?.end();
+        this.#parts.reply(reply, bytes, isFinal ? FINAL_HEADERS : NO_HEADERS, watch?.next());
+      },
     };
     let parsed: ParsedGenerateBody;
     let client: string;
@@ -87,7 +102,13 @@ export class Gateway {
       this.#fail(relay, cause);
       return;
     }
-    this.open(parsed, sink, client);
+    const relay = this.open(parsed, sink, client);
+    if (!relay.isClosed && !this.#named.has(relay)) watch = this.#unheard.watch(() => this.hangUp(relay));
+  }
+
+  /** Nobody listened to the reply of that name. */
+  handleUnheard(name: string): void {
+    this.#unheard.unheard(name);
   }
 
   /**

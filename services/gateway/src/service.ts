@@ -77,6 +77,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
   const queue = new WorkQueue(bus);
   const room = new WaitingRoom(() => queue.waiting(), config.maxWaitingWork);
+  const unheardSubjectOf = bus.watchUnheard((name) => gateway.handleUnheard(name));
   const gateway = new Gateway(
     {
       ...preparation,
@@ -89,8 +90,8 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
           if (!bus.isClosed) bus.publish(SUBJECTS.cancel(requestId), NO_BYTES);
         },
       },
-      reply: (subject, data, headers) => {
-        if (!bus.isClosed) bus.publishWithHeaders(subject, data, headers);
+      reply: (subject, data, headers, name) => {
+        if (!bus.isClosed) bus.publishWithHeaders(subject, data, headers, name && unheardSubjectOf(name));
       },
       maxOpenRequests: config.maxOpenRequests,
       maxOpenPerClient: config.maxOpenPerClient,
