@@ -1,5 +1,5 @@
 /**
- * Owns telling of what others have caused: messages that were malformed, or whose handler failed.
+ * Owns telling of what others have caused: messages and HTTP requests that were malformed, or whose handler failed.
  *
  * Invariants
  * 1. Every one is counted, by code.
@@ -12,7 +12,7 @@ import { Counter, type Registry } from './metrics.ts';
 export const MAX_PER_WINDOW = 20;
 export const WINDOW_MS = 1_000;
 
-/** `subject`: of the message, where it had one. */
+/** `subject`: of the message, or the route of the HTTP request, where it had one. */
 export type Complain = (cause: unknown, subject?: string) => void;
 
 /** What it needs of a `Logger`. */

@@ -18,8 +18,9 @@ import {
   type ParsedGenerateBody,
   parseGenerateBody,
   requestIdOf,
+  SUBJECTS,
 } from '@lamina/protocol';
-import type { Logger } from '@lamina/runtime';
+import type { Logger, ServiceContext } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
 import type { GatewayMetrics } from './gateway-metrics.ts';
@@ -46,7 +47,8 @@ export interface GatewayParts extends PreparationParts {
   ) => void;
   readonly maxOpenRequests: number;
   readonly maxOpenPerClient: number;
-  readonly log: Pick<Logger, 'debug' | 'error'>;
+  readonly log: Pick<Logger, 'debug'>;
+  readonly complain: ServiceContext['complain'];
 }
 
 const ID_BYTES = 15;
@@ -205,7 +207,7 @@ export class Gateway {
         relay.attach().then(() => relay.cancel(), reject);
       });
     } catch (cause) {
-      this.#parts.log.error({ err: asLaminaError(cause), requestId: id }, 'a cancel failed');
+      this.#parts.complain(cause, SUBJECTS.cancel(id));
     }
   }
 
@@ -287,7 +289,7 @@ export class Gateway {
 
   #fail(relay: Relay, cause: unknown): void {
     const error = asLaminaError(cause);
-    if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: relay.id }, 'request failed');
+    if (error.code === 'internal') this.#parts.complain(error, SUBJECTS.tokens(relay.id));
     relay.fail(error);
   }
 }

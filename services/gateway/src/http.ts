@@ -24,7 +24,8 @@ export interface HttpParts extends ApiParts {
   /** Pages of this origin may call the API from a browser; `*` = of any, undefined = of none. */
   readonly corsOrigin: string | undefined;
   readonly maxConnections: number;
-  readonly onError: (error: LaminaError) => void;
+  /** An error that the client is not told, and the route of its request. */
+  readonly onError: (error: LaminaError, route: string) => void;
 }
 
 /** How long a client may take to send its request. */
@@ -61,9 +62,9 @@ export function createHttpServer(parts: HttpParts): FastifyInstance {
   );
   registerOpenAi(server, parts);
   registerRequests(server, parts);
-  server.setErrorHandler((cause, _, reply) => {
+  server.setErrorHandler((cause, request, reply) => {
     const { error, status } = httpErrorOf(cause);
-    if (error.code === 'internal') parts.onError(error);
+    if (error.code === 'internal') parts.onError(error, `${request.method} ${request.routeOptions.url}`);
     const retryAfterMs = retryAfterMsOf(error);
     if (retryAfterMs !== undefined) reply.header('Retry-After', Math.ceil(retryAfterMs / 1000));
     return reply.code(status).send(openAiError(error, status));

@@ -47,7 +47,7 @@ function maxTokenBytesOf(tokenizer: Tokenizer): number {
   return bytes;
 }
 
-export async function startGateway({ config, bus, log, registry }: ServiceContext): Promise<RunningService> {
+export async function startGateway({ config, bus, log, registry, complain }: ServiceContext): Promise<RunningService> {
   const modelDir = await resolveModel(config.model, {
     ...hubVariables(processEnvironment()),
     cacheDir: config.cacheDir,
@@ -74,7 +74,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
   const cluster = new ClusterView(bus, modelId, Math.min(STATUS_TIMEOUT_MS, config.requestTimeoutMs));
 
   const preparation: PreparationParts = { model, promptTokenizer, cluster };
-  const tokens = new TokenStream(bus, (err) => log.error({ err }, 'the token stream failed'));
+  const tokens = new TokenStream(bus, complain);
   const queue = new WorkQueue(bus);
   const room = new WaitingRoom(() => queue.waiting(), config.maxWaitingWork);
   const unheardSubjectOf = bus.watchUnheard((name) => gateway.handleUnheard(name));
@@ -96,6 +96,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
       maxOpenRequests: config.maxOpenRequests,
       maxOpenPerClient: config.maxOpenPerClient,
       log,
+      complain,
     },
     () => metrics,
   );
@@ -126,7 +127,7 @@ export async function startGateway({ config, bus, log, registry }: ServiceContex
     bodyLimitBytes: config.httpBodyBytes,
     corsOrigin: config.httpCorsOrigin,
     maxConnections: config.maxOpenRequests + SPARE_CONNECTIONS,
-    onError: (err) => log.error({ err }, 'an HTTP request failed'),
+    onError: complain,
   });
   const httpPort = await listen(server, config.httpHost, config.httpPort);
 
