@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Bus, ensureStreams, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
-import { type KvStatus, packMessage, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
+import { CLOCK_TOLERANCE_MS, type KvStatus, packMessage, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { headers, type PubAck } from 'nats';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -247,6 +247,24 @@ describe('a durable prompt waits', () => {
     await eventually(async () => ((await messagesIn(bus, 'prompts')) === 1 ? true : undefined));
     bus.publish(SUBJECTS.cancel(`p${seq}`), new Uint8Array(0));
     expect(await stored(`p${seq}`)).toMatchObject([{ index: 0, token: null, finish_reason: 'cancelled' }]);
+    await promptsDone();
+    await nothingQueued();
+  });
+
+  test('and is ended by the cancel that overtook it, but by none that was sent in advance', async () => {
+    kvStatus = DOWN;
+    await start();
+    bus.publish(SUBJECTS.cancel('in-advance'), new Uint8Array(0));
+    await new Promise((resolve) => setTimeout(resolve, CLOCK_TOLERANCE_MS + 200));
+    bus.publish(SUBJECTS.cancel('overtaken'), new Uint8Array(0));
+    await publish({ id: 'in-advance', prompt: 'Hi' });
+    await publish({ id: 'overtaken', prompt: 'Hi' });
+    expect(await stored('overtaken')).toMatchObject([{ index: 0, token: null, finish_reason: 'cancelled' }]);
+    kvStatus = READY;
+    const work = await lease();
+    expect(work.item.id).toBe('in-advance');
+    await answerWith(tokens, work);
+    expect((await stored('in-advance')).map(({ index }) => index)).toEqual([0, 1, 2]);
     await promptsDone();
     await nothingQueued();
   });

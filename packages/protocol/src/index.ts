@@ -21,6 +21,7 @@ export type {
   ShardHeartbeatReply,
 } from './kv-messages.ts';
 export { LIMITS } from './limits.ts';
+export { CLOCK_TOLERANCE_MS, PastCancels } from './past-cancels.ts';
 export { inboxPrefixOf, type Permissions, permissionsOf, ROLES, type Role } from './permissions.ts';
 export { describeIssues, type ErrorBody, errorBodySchema, idSchema, parseMessage } from './schema.ts';
 export * from './step-plan.ts';

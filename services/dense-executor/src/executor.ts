@@ -8,7 +8,7 @@
  */
 import { ACK_WAIT_MS, AnswerWriter, type StoredAnswer, type TokenStream, type WorkLease } from '@lamina/bus';
 import type { ModelDescription, Tokenizer } from '@lamina/model';
-import type { WorkItem } from '@lamina/protocol';
+import { PastCancels, type WorkItem } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
@@ -37,8 +37,6 @@ const MAX_DELIVERIES = 10;
 const RELEASE_DELAY_MS = 1_000;
 /** What waited for longer may have been ended by its gateway, which takes at least so long to do that. */
 const MAY_HAVE_ENDED_MS = 250;
-/** Ids that were cancelled before this executor saw them; bounded. */
-const MAX_REMEMBERED_CANCELS = 10_000;
 
 export class Executor {
   readonly requests = new RunningRequests();
@@ -46,7 +44,8 @@ export class Executor {
   readonly steps: StepLoop;
   readonly #options: ExecutorOptions;
   readonly #eosTokenIds: ReadonlySet<number>;
-  readonly #cancelledIds = new Set<string>();
+  /** Of requests that were not here. */
+  readonly #cancels = new PastCancels();
   /** Leases of requests whose stored part is being read, the latest of each. */
   readonly #resuming = new Map<string, WorkLease>();
   #pool: StepRunner | undefined;
@@ -94,20 +93,22 @@ export class Executor {
       known.lease = lease;
       return;
     }
+    // A cancel that comes from here on is for this item, whatever the clock of its gateway says.
+    const submittedAtMs = Math.min(item.submittedAtMs, Date.now());
     const isResuming = this.#resuming.has(item.id);
     const mayBeStored =
       lease.deliveryCount > 1 ||
       item.isContinued === true ||
-      this.#cancelledIds.has(item.id) ||
+      this.#cancels.hasCancelled(item.id, submittedAtMs) ||
       Date.now() - item.submittedAtMs > MAY_HAVE_ENDED_MS;
     if (isResuming || mayBeStored) this.#resuming.set(item.id, lease);
     if (isResuming) return;
-    if (this.#resuming.has(item.id)) void this.#resume(lease);
-    else this.#begin(lease, { tokens: [], lastSequence: 0 });
+    if (this.#resuming.has(item.id)) void this.#resume(lease, submittedAtMs);
+    else this.#begin(lease, { tokens: [], lastSequence: 0 }, submittedAtMs);
   }
 
   /** Takes up what another executor began, or drops what was ended while it waited. */
-  async #resume(lease: WorkLease): Promise<void> {
+  async #resume(lease: WorkLease, submittedAtMs: number): Promise<void> {
     const { tokens, log } = this.#options;
     const { id } = lease.item;
     this.requests.arriving();
@@ -119,7 +120,7 @@ export class Executor {
       const last = stored.tokens.at(-1);
       const current = this.#resuming.get(id) ?? lease;
       if (last !== undefined && last.finish_reason !== null) current.complete();
-      else if (this.requests.get(id) === undefined) this.#begin(current, stored);
+      else if (this.requests.get(id) === undefined) this.#begin(current, stored, submittedAtMs);
     } catch (cause) {
       log.warn(
         { err: asLaminaError(cause), id },
@@ -133,7 +134,7 @@ export class Executor {
     }
   }
 
-  #begin(lease: WorkLease, stored: StoredAnswer): void {
+  #begin(lease: WorkLease, stored: StoredAnswer, submittedAtMs: number): void {
     const { requests } = this;
     const { item } = lease;
     const { tokenizer, log } = this.#options;
@@ -160,7 +161,7 @@ export class Executor {
     request.actor.start();
     const problem = this.#problemWith(item, lease.deliveryCount);
     if (problem !== undefined) requests.send(request, { type: 'FAIL', error: problem });
-    else if (this.#cancelledIds.delete(item.id)) requests.send(request, { type: 'CANCEL' });
+    else if (this.#cancels.hasCancelled(item.id, submittedAtMs)) requests.send(request, { type: 'CANCEL' });
     else this.tables.admitQueued();
   }
 
@@ -233,18 +234,14 @@ export class Executor {
     this.steps.pump();
   }
 
-  /** Stops a request wherever it is; ids that are not here are remembered in case they come. */
+  /** Stops a request wherever it is: also one that was submitted before and has not come here yet. */
   cancel(requestId: string): void {
     const request = this.requests.get(requestId);
     if (request !== undefined) {
       this.requests.send(request, { type: 'CANCEL' });
       return;
     }
-    for (const oldest of this.#cancelledIds) {
-      if (this.#cancelledIds.size < MAX_REMEMBERED_CANCELS) break;
-      this.#cancelledIds.delete(oldest);
-    }
-    this.#cancelledIds.add(requestId);
+    if (!this.#cancels.add(requestId)) this.#options.metrics.ignored.inc({ reason: 'bad_cancel_id' });
   }
 
   /** Forgets a request that another executor has now; its lease is not ours to complete. */

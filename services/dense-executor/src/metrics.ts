@@ -18,6 +18,8 @@ export class ExecutorMetrics {
   readonly recoveries: Counter;
   readonly preemptions: Counter;
   readonly requests: Counter<'finish_reason'>;
+  /** Label `reason`: bad_cancel_id. */
+  readonly ignored: Counter<'reason'>;
   readonly #parts: Map<StepPart, { observe(seconds: number): void }>;
 
   constructor(registry: Registry, current: { running: () => number; waves: () => number }) {
@@ -64,6 +66,12 @@ export class ExecutorMetrics {
       name: 'lamina_requests_total',
       help: 'Requests that ended',
       labelNames: ['finish_reason'],
+      registers,
+    });
+    this.ignored = new Counter({
+      name: 'lamina_executor_ignored_total',
+      help: 'Messages that are for no request',
+      labelNames: ['reason'],
       registers,
     });
     new Gauge({

@@ -1,5 +1,5 @@
 /** Requests that a gateway ended while their items waited: cancelled, or past their deadline. */
-import { beforeEach, expect, test } from 'vitest';
+import { beforeEach, expect, test, vi } from 'vitest';
 import { Bench, ScriptedKv, settle } from './executor-bench.ts';
 
 let kv: ScriptedKv;
@@ -44,4 +44,27 @@ test('an item whose cancel came first is completed when its gateway has ended it
     expect(bench.messages).toMatchObject(messages);
     expect([bench.completed, kv.log]).toEqual([['r'], []]);
   }
+});
+
+test('an item that was submitted long after a cancel of its id is computed, one from before it is ended', async () => {
+  vi.useFakeTimers({ toFake: ['Date'] });
+  try {
+    bench.executor.cancel('r');
+    bench.executor.cancel('old');
+    vi.setSystemTime(Date.now() + 60_000);
+    bench.admit({ id: 'r', maxTokens: 5, waitedMs: 58_000 });
+    bench.admit({ id: 'old', maxTokens: 5, waitedMs: 61_000 });
+    await settle();
+    expect(kv.log).toEqual(['allocate r']);
+    expect(bench.messages).toMatchObject([{ id: 'old', finish_reason: 'cancelled' }]);
+  } finally {
+    vi.useRealTimers();
+  }
+});
+
+test('a cancel that comes while the stored part is read ends the item, whatever the clock of its gateway says', async () => {
+  bench.admit({ id: 'r', maxTokens: 5, deliveryCount: 2, waitedMs: -60_000 });
+  bench.executor.cancel('r');
+  await settle();
+  expect(bench.messages).toMatchObject([{ id: 'r', finish_reason: 'cancelled' }]);
 });

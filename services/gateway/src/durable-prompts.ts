@@ -13,8 +13,8 @@ import type { DurablePrompt, PromptQueue, TokenStream } from '@lamina/bus';
 import {
   encodingOf,
   idSchema,
-  LIMITS,
   type ParsedGenerateBody,
+  PastCancels,
   parseGenerateBody,
   requestIdOf,
   type TokenMessage,
@@ -50,7 +50,6 @@ const RETRY_MS = 500;
 const CAPACITY_RETRY_MS = 5_000;
 /** For prompts whose generated id has the answer of a former stream. */
 const FORMER_ANSWER_RETRY_MS = 5_000;
-const MAX_REMEMBERED_CANCELS = 10_000;
 const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
 
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
@@ -58,8 +57,7 @@ const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout
 export class DurablePrompts {
   readonly #parts: DurablePromptsParts;
   readonly #inHand = new Set<DurablePrompt>();
-  /** Ids that were cancelled, in case their prompts are still in the stream. */
-  readonly #cancelledIds = new Set<string>();
+  readonly #cancels = new PastCancels();
   #onRoom: (() => void) | undefined;
   #isStopping = false;
 
@@ -94,22 +92,20 @@ export class DurablePrompts {
     this.#inHand.clear();
   }
 
+  /** Ends the prompt of this id that is here or in the stream; not one that is published later. */
   cancel(requestId: string): void {
-    if (requestId.length > LIMITS.idCharacters) return;
-    for (const oldest of this.#cancelledIds) {
-      if (this.#cancelledIds.size < MAX_REMEMBERED_CANCELS) break;
-      this.#cancelledIds.delete(oldest);
-    }
-    this.#cancelledIds.add(requestId);
+    this.#cancels.add(requestId);
   }
 
   async #handOver(prompt: DurablePrompt): Promise<void> {
     const { log, counter } = this.#parts;
     this.#inHand.add(prompt);
+    // A cancel that comes from here on is for this prompt, whatever the clock of the server says.
+    const submittedAtMs = Math.min(prompt.storedAtMs, Date.now());
     while (this.#inHand.has(prompt)) {
       let delayMs: number | undefined;
       try {
-        const outcome = await this.#attempt(prompt);
+        const outcome = await this.#attempt(prompt, submittedAtMs);
         counter().inc({ outcome });
         if (this.#inHand.delete(prompt)) prompt.done();
       } catch (cause) {
@@ -128,7 +124,7 @@ export class DurablePrompts {
    * Returns how the prompt ended here.
    * @throws LaminaError when it is to be tried again.
    */
-  async #attempt(prompt: DurablePrompt): Promise<string> {
+  async #attempt(prompt: DurablePrompt, submittedAtMs: number): Promise<string> {
     const { submit, cluster, locate } = this.#parts;
     const headerId = idSchema.safeParse(prompt.header(MESSAGE_ID_HEADER)).data;
     let id = requestIdOf(prompt.data) ?? headerId ?? generatedId(prompt);
@@ -141,7 +137,7 @@ export class DurablePrompts {
       if (id === generatedId(prompt)) await this.#requireOwnAnswer(id, prompt);
       const state = await locate(id);
       if (state === 'working' || state === 'ended') return 'known';
-      if (this.#cancelledIds.delete(id)) {
+      if (this.#cancels.hasCancelled(id, submittedAtMs)) {
         const extent = { promptTokens: 0, completionTokens: 0 };
         return (await this.#isStoredFirst(cancelledEnd(id, extent), encoding)) ? 'cancelled' : 'known';
       }
