@@ -1,19 +1,29 @@
 /**
  * What a real executor makes of a work item in the light of what came before: cancels of its id, a part of its answer.
- * On a real nats-server with a kv-manager and an attention-shard.
+ * On a real nats-server with a kv-manager, an attention-shard and a gateway.
  */
 import { join } from 'node:path';
 import { type Bus, TokenStream, WorkQueue } from '@lamina/bus';
 import { ROOT_DIRECTORY } from '@lamina/cli';
-import { CLOCK_TOLERANCE_MS, SUBJECTS, type TokenMessage, type WorkItem } from '@lamina/protocol';
+import {
+  CLOCK_TOLERANCE_MS,
+  decodeTokens,
+  STREAMS,
+  SUBJECTS,
+  type TokenMessage,
+  type WorkItem,
+} from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { startAttentionShard } from '../../services/attention-shard/src/service.ts';
 import { startDenseExecutor } from '../../services/dense-executor/dist/service.js';
+import { startGateway } from '../../services/gateway/src/service.ts';
 import { startKvManager } from '../../services/kv-manager/src/service.ts';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
-import { numQueued, workItem } from './bus-bench.ts';
+import { numQueued, token, workItem } from './bus-bench.ts';
+import { GATEWAY_FLAGS } from './gateway-bench.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
+import { store } from './store-answer.ts';
 
 const MODEL = join(ROOT_DIRECTORY, 'models', 'lamina-tiny');
 const NUM_TOKENS = 4;
@@ -31,6 +41,7 @@ beforeAll(async () => {
   others = [
     await startInProcess('kv-manager', startKvManager, nats.url, ['--heartbeat-interval-ms', '100']),
     await startInProcess('attention-shard', startAttentionShard, nats.url, ['--kv-budget-bytes', '8m']),
+    await startInProcess('gateway', startGateway, nats.url, GATEWAY_FLAGS),
   ];
   const flags = ['--model', MODEL, '--cache-dir', TEST_CACHE_DIRECTORY];
   executor = await startInProcess('dense-executor', startDenseExecutor, nats.url, flags);
@@ -78,5 +89,49 @@ describe('a cancel', () => {
         ? true
         : undefined,
     );
+  });
+});
+
+describe('an answer whose beginning the stream has discarded', () => {
+  /** A client that has the id, and waits for the last message. */
+  async function ask(id: string): Promise<readonly TokenMessage[]> {
+    const messages: TokenMessage[] = [];
+    const asked = bus.requestStream(SUBJECTS.generate, Buffer.from(JSON.stringify({ id, prompt: 'Hi' })), (reply) =>
+      messages.push(...decodeTokens(reply!.data)),
+    );
+    await eventually(() => (messages.at(-1)?.finish_reason ? true : undefined), 10_000);
+    asked.unsubscribe();
+    return messages;
+  }
+
+  test('is ended behind what is left of it, and who asks is told once, whenever', async () => {
+    const manager = await bus.connection.jetstreamManager();
+    const { config } = await manager.streams.info(STREAMS.tokens.name);
+    for (let index = 0; index < 4; index++) await store(tokens, [token('half', index)]);
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: 2 });
+    await manager.streams.update(STREAMS.tokens.name, config);
+    const refused = [{ id: 'half', index: 0, token: null, finish_reason: 'error', error: { code: 'unknown_request' } }];
+    // Nobody works on it any more: the gateway has the rest computed.
+    expect(await ask('half')).toMatchObject(refused);
+    await eventually(async () => ((await numQueued(bus)) === 0 ? true : undefined));
+    const stored: TokenMessage[] = [];
+    const reading = await tokens.replay('half', (data) => stored.push(...decodeTokens(data)));
+    await eventually(() => (stored.length === 3 ? true : undefined));
+    reading.unsubscribe();
+    expect(stored.map(({ index }) => index)).toEqual([2, 3, 4]);
+    expect(stored.at(-1)).toMatchObject({ token: null, finish_reason: 'error', error: { code: 'unknown_request' } });
+    expect(await ask('half')).toMatchObject(refused);
+    expect(await numQueued(bus)).toBe(0);
+  });
+
+  test('is computed from its start when nothing of it is left', async () => {
+    const manager = await bus.connection.jetstreamManager();
+    const { config } = await manager.streams.info(STREAMS.tokens.name);
+    await store(tokens, [token('none', 0)]);
+    await store(tokens, [token('other', 0)]);
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: 1 });
+    await manager.streams.update(STREAMS.tokens.name, config);
+    await submit('none', { isContinued: true });
+    expect((await answerOf('none')).map(({ index }) => index)).toEqual([0, 1, 2, 3]);
   });
 });

@@ -164,6 +164,34 @@ describe('the token stream', () => {
     expect((await reader.stored('gone')).tokens.map(({ index }) => index)).toEqual([0, 1]);
   });
 
+  test('what is left of an answer whose beginning was discarded is not taken for it, and its end is known', async () => {
+    const manager = await client.connection.jetstreamManager();
+    const { config } = await manager.streams.info(STREAMS.tokens.name);
+    await store(writer, [token('half', 0), token('half', 1)]);
+    await store(writer, [token('half', 2), token('half', 3)]);
+    const last = await store(writer, [token('half', 4)]);
+    expect((await reader.stored('half')).tokens).toHaveLength(5);
+    expect(await reader.endOf('half')).toMatchObject({ sequence: last, isComplete: false, nextIndex: 5 });
+    for (const max_msgs of [2, 1]) {
+      await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs });
+      await expect(reader.stored('half')).rejects.toMatchObject({ code: 'unknown_request', retryable: false });
+      expect(await reader.endOf('half')).toMatchObject({ sequence: last, isComplete: false, nextIndex: 5 });
+    }
+    // By a message of somebody else behind it, too.
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: 2 });
+    client.publish(SUBJECTS.tokens('half'), Buffer.from('{}'));
+    await client.flush();
+    await expect(reader.stored('half')).rejects.toMatchObject({ code: 'unknown_request' });
+    expect(await reader.endOf('half')).toMatchObject({ sequence: last, nextIndex: 5 });
+    await manager.streams.update(STREAMS.tokens.name, { ...config, max_msgs: -1 });
+    await store(writer, [{ ...token('half', 5, 'error'), token: null, text: '' }]);
+    const reading = await replay('half');
+    await complete(reading);
+    expect(reading.messages.map(({ index }) => index)).toEqual([4, 5]);
+    expect(await reader.endOf('half')).toMatchObject({ isComplete: true, nextIndex: undefined });
+    reading.stop();
+  });
+
   test('what can never be stored is reported and refused', async () => {
     const large = { ...token('large', 0), text: 'x'.repeat(server.maxPayloadBytes) };
     await expect(store(writer, [large])).rejects.toMatchObject({ code: 'invalid_request' });

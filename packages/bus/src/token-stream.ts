@@ -9,6 +9,8 @@
  *    an answer is read: the server and services can be made to send their replies to a subject of this stream.
  * 3. A message that the server did not store is reported, and the caller told whether to store it again: time does not
  *    mend a message that is too large, a permission that is missing, or a stream that was deleted.
+ * 4. A full stream discards its oldest messages, so of an answer the beginning goes first. What is left of it is never given as
+ *    the whole: it cannot be continued.
  */
 import {
   decodeTokens,
@@ -53,6 +55,8 @@ export interface StoredEnd {
   readonly isComplete: boolean;
   /** When that message was stored, by the server's clock, Unix time in ms. */
   readonly storedAtMs: number;
+  /** Behind its last token; undefined when that message has none. */
+  readonly nextIndex: number | undefined;
 }
 
 /** The part of an answer that is stored. */
@@ -169,9 +173,11 @@ export class TokenStream {
   async #endUpTo(requestId: string, last: StoredMsg | undefined): Promise<LastMessage | undefined> {
     if (last === undefined) return undefined;
     const { seq: sequence, header, data, time } = last;
-    if (header?.get(TOKENS_HEADER)) {
+    const names = header?.get(TOKENS_HEADER);
+    if (names) {
       const isComplete = header.get(FINAL_HEADER) === 'true';
-      return { sequence, isComplete, storedAtMs: time.getTime(), data: Buffer.from(data) };
+      const nextIndex = nextIndexOf(names);
+      return { sequence, isComplete, storedAtMs: time.getTime(), nextIndex, data: Buffer.from(data) };
     }
     let end: LastMessage | undefined;
     await this.#readUpTo(requestId, last.seq, (message) => {
@@ -179,6 +185,7 @@ export class TokenStream {
         sequence: message.seq,
         isComplete: message.headers?.get(FINAL_HEADER) === 'true',
         storedAtMs: millis(message.info.timestampNanos),
+        nextIndex: nextIndexOf(message.headers?.get(TOKENS_HEADER)),
         data: Buffer.from(message.data),
       };
     });
@@ -186,15 +193,22 @@ export class TokenStream {
   }
 
   /**
-   * What is stored of an answer.
-   * @throws LaminaError `unavailable` when the stream cannot be read.
+   * What is stored of an answer, from its first token on.
+   * @throws LaminaError `unavailable` when the stream cannot be read, `unknown_request` when it has a part of the answer and no
+   * longer what comes before that.
    */
   async stored(requestId: string): Promise<StoredAnswer> {
     const lastSequence = (await this.endOf(requestId))?.sequence;
     const tokens: TokenMessage[] = [];
     if (lastSequence === undefined) return { tokens, lastSequence: 0 };
     await this.#readUpTo(requestId, lastSequence, ({ data }) => {
-      for (const token of decodeTokens(data)) if (token.index === tokens.length) tokens.push(token);
+      for (const token of decodeTokens(data)) {
+        if (token.index > tokens.length) {
+          const advice = 'send the request again under another id';
+          throw new LaminaError('unknown_request', `the beginning of the answer is no longer kept; ${advice}`);
+        }
+        if (token.index === tokens.length) tokens.push(token);
+      }
     });
     return { tokens, lastSequence };
   }
@@ -224,6 +238,8 @@ export class TokenStream {
       await new Promise<void>((resolve, reject) => {
         const tooLate = new LaminaError('unavailable', 'the stream of answers cannot be read in time');
         timer = setTimeout(() => reject(tooLate), READ_TIMEOUT_MS);
+        const failed = (cause: unknown): void =>
+          reject(new LaminaError('unavailable', 'the stream of answers cannot be read; is JetStream up?', { cause }));
         const receive = (message: JsMsg): void => {
           try {
             if (message.seq <= lastSequence && isOfAnswer(message)) take(message);
@@ -234,7 +250,7 @@ export class TokenStream {
         };
         this.#replayAll(requestId, receive).then((started) => {
           subscription = started;
-        }, reject);
+        }, failed);
       });
     } finally {
       clearTimeout(timer);
@@ -268,4 +284,10 @@ function failureOf(outcome: StoreFailure): LaminaError {
   if (outcome.kind === 'failed') return asLaminaError(outcome.cause);
   const diagnostics = outcome.kind === 'refused' ? { nats: outcome.refusal } : { nats: outcome.kind };
   return new LaminaError('unavailable', 'a message of an answer was not stored', { diagnostics });
+}
+
+/** Behind the last token of a message, by its TOKENS_HEADER. */
+function nextIndexOf(names: string | undefined): number | undefined {
+  const last = /^\d+-(\d+)$/.exec(names ?? '')?.[1];
+  return last === undefined ? undefined : Number(last) + 1;
 }

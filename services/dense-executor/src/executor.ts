@@ -13,6 +13,7 @@ import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
 import { type KvCalls, KvTables } from './kv-tables.ts';
+import { endLostAnswer } from './lost-answer.ts';
 import type { ExecutorMetrics } from './metrics.ts';
 import { Answer } from './request/answer.ts';
 import { requestMachine } from './request/machine.ts';
@@ -26,7 +27,7 @@ export interface ExecutorOptions {
   readonly description: ModelDescription;
   readonly tokenizer: Tokenizer;
   readonly scheduler: Scheduler;
-  readonly tokens: Pick<TokenStream, 'append' | 'stored' | 'isClosed'>;
+  readonly tokens: Pick<TokenStream, 'append' | 'stored' | 'endOf' | 'isClosed'>;
   readonly metrics: ExecutorMetrics;
   readonly log: Logger;
 }
@@ -112,25 +113,40 @@ export class Executor {
     const { tokens, log } = this.#options;
     const { id } = lease.item;
     this.requests.arriving();
-    const renewal = setInterval(() => this.#resuming.get(id)?.renew(), ACK_WAIT_MS / 3);
+    const current = (): WorkLease => this.#resuming.get(id) ?? lease;
+    const renewal = setInterval(() => current().renew(), ACK_WAIT_MS / 3);
     try {
       const stored = await tokens.stored(id);
       if (lease.deliveryCount > 1 || stored.tokens.length > 0)
         log.info({ id, deliveryCount: lease.deliveryCount, storedTokens: stored.tokens.length }, 'taking a request up');
       const last = stored.tokens.at(-1);
-      const current = this.#resuming.get(id) ?? lease;
-      if (last !== undefined && last.finish_reason !== null) current.complete();
-      else if (this.requests.get(id) === undefined) this.#begin(current, stored, submittedAtMs);
+      if (last !== undefined && last.finish_reason !== null) current().complete();
+      else if (this.requests.get(id) === undefined) this.#begin(current(), stored, submittedAtMs);
+    } catch (cause) {
+      await this.#endOrHandBack(lease.item, asLaminaError(cause), current);
+    } finally {
+      clearInterval(renewal);
+      this.#resuming.delete(id);
+      this.requests.arrived();
+    }
+  }
+
+  /** Sees to a request whose stored part gave `error` instead of tokens. */
+  async #endOrHandBack(item: WorkItem, error: LaminaError, current: () => WorkLease): Promise<void> {
+    const { tokens, metrics, log } = this.#options;
+    const { id } = item;
+    try {
+      if (error.retryable) throw error;
+      log.info({ err: error, id }, 'request failed: its answer cannot be continued');
+      if (!(await endLostAnswer(tokens, item, error))) return;
+      metrics.requests.inc({ finish_reason: 'error' });
+      current().complete();
     } catch (cause) {
       log.warn(
         { err: asLaminaError(cause), id },
         'the stored part of an answer cannot be read; handing the request back',
       );
-      (this.#resuming.get(id) ?? lease).release(RELEASE_DELAY_MS);
-    } finally {
-      clearInterval(renewal);
-      this.#resuming.delete(id);
-      this.requests.arrived();
+      current().release(RELEASE_DELAY_MS);
     }
   }
 

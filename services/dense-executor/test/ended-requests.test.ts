@@ -1,4 +1,5 @@
 /** Requests that a gateway ended while their items waited: cancelled, or past their deadline. */
+import { LaminaError } from '@lamina/tensor';
 import { beforeEach, expect, test, vi } from 'vitest';
 import { Bench, ScriptedKv, settle } from './executor-bench.ts';
 
@@ -67,4 +68,41 @@ test('a cancel that comes while the stored part is read ends the item, whatever 
   bench.executor.cancel('r');
   await settle();
   expect(bench.messages).toMatchObject([{ id: 'r', finish_reason: 'cancelled' }]);
+});
+
+test('an item whose answer has lost its beginning is ended with that behind what is stored, and what has ended is completed', async () => {
+  for (const [last, messages] of [
+    [
+      { id: 'r', index: 7, token: 5, text: '', finish_reason: null },
+      [{ id: 'r', index: 8, token: null, finish_reason: 'error', error: { code: 'unknown_request', message: 'gone' } }],
+    ],
+    [END, []],
+  ] as const) {
+    bench = new Bench(kv);
+    bench.stored = [last];
+    bench.unreadable = new LaminaError('unknown_request', 'gone');
+    bench.admit({ id: 'r', maxTokens: 50, deliveryCount: 2 });
+    await settle();
+    expect(bench.messages).toMatchObject(messages);
+    expect([bench.completed, bench.released, kv.log]).toEqual([['r'], [], []]);
+  }
+});
+
+test('an item whose stored part cannot be read now, or is gone meanwhile, is handed back', async () => {
+  for (const code of ['unavailable', 'unknown_request'] as const) {
+    bench = new Bench(kv);
+    bench.unreadable = new LaminaError(code, 'scripted');
+    bench.admit({ id: 'r', maxTokens: 50, deliveryCount: 2 });
+    await settle();
+    expect([bench.completed, bench.released, bench.messages]).toEqual([[], ['r'], []]);
+  }
+});
+
+test('an item whose answer another process writes meanwhile is left to that', async () => {
+  bench.stored = [{ id: 'r', index: 7, token: 5, text: '', finish_reason: null }];
+  bench.unreadable = new LaminaError('unknown_request', 'gone');
+  bench.isTakenOver = true;
+  bench.admit({ id: 'r', maxTokens: 50, deliveryCount: 2 });
+  await settle();
+  expect([bench.completed, bench.released, bench.messages]).toEqual([[], [], []]);
 });

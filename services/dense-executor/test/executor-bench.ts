@@ -109,10 +109,14 @@ export class Bench {
   /** Messages of all answers. */
   readonly messages: TokenMessage[] = [];
   readonly completed: string[] = [];
+  /** Handed back. */
+  readonly released: string[] = [];
   /** Another process writes to the answers. */
   isTakenOver = false;
   /** What the stream has of every answer. */
   stored: readonly TokenMessage[] = [];
+  /** Why that cannot be had. */
+  unreadable: LaminaError | undefined;
   /** How often the stream was asked for that. */
   numReads = 0;
   /** Steps in flight by wave. */
@@ -130,7 +134,15 @@ export class Bench {
         isClosed: false,
         stored: () => {
           this.numReads++;
+          if (this.unreadable !== undefined) return Promise.reject(this.unreadable);
           return Promise.resolve({ tokens: this.stored, lastSequence: this.stored.length });
+        },
+        endOf: () => {
+          const last = this.stored.at(-1);
+          if (last === undefined) return Promise.resolve(undefined);
+          const isComplete = last.finish_reason !== null;
+          const nextIndex = last.token === null ? undefined : last.index + 1;
+          return Promise.resolve({ sequence: this.stored.length, isComplete, storedAtMs: 0, nextIndex });
         },
         append: (tokens, _encoding, lastSequence) => {
           if (this.isTakenOver) return Promise.reject(new LaminaError('duplicate_id', 'scripted'));
@@ -177,7 +189,7 @@ export class Bench {
       deliveryCount,
       renew: () => undefined,
       complete: () => this.completed.push(id),
-      release: () => undefined,
+      release: () => this.released.push(id),
     };
     this.executor.admit(lease);
   }

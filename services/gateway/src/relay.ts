@@ -224,7 +224,12 @@ export class Relay {
     if (first.index > this.#nextIndex) {
       if (!this.#isReplaying) void this.repair();
       else if (fresh.at(-1)?.finish_reason !== null)
-        this.fail(new LaminaError('unavailable', 'a part of the answer was not stored; ask again'));
+        this.fail(
+          new LaminaError(
+            'unknown_request',
+            'the beginning of the answer is no longer kept; send it again under another id',
+          ),
+        );
       return;
     }
     const isWhole = fresh.length === received && first === original;
