@@ -3,7 +3,7 @@
  * On a real nats-server with a kv-manager, an attention-shard and a gateway.
  */
 import { join } from 'node:path';
-import { type Bus, TokenStream, WorkQueue } from '@lamina/bus';
+import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
 import { ROOT_DIRECTORY } from '@lamina/cli';
 import {
   CLOCK_TOLERANCE_MS,
@@ -43,8 +43,7 @@ beforeAll(async () => {
     await startInProcess('attention-shard', startAttentionShard, nats.url, ['--kv-budget-bytes', '8m']),
     await startInProcess('gateway', startGateway, nats.url, GATEWAY_FLAGS),
   ];
-  const flags = ['--model', MODEL, '--cache-dir', TEST_CACHE_DIRECTORY];
-  executor = await startInProcess('dense-executor', startDenseExecutor, nats.url, flags);
+  await startExecutor();
   queue = new WorkQueue(bus);
   tokens = new TokenStream(bus, () => undefined);
 });
@@ -53,6 +52,11 @@ afterAll(async () => {
   await bus.close();
   await nats.stop();
 });
+
+async function startExecutor(): Promise<void> {
+  const flags = ['--model', MODEL, '--cache-dir', TEST_CACHE_DIRECTORY];
+  executor = await startInProcess('dense-executor', startDenseExecutor, nats.url, flags);
+}
 
 async function submit(id: string, overrides: Partial<WorkItem> = {}): Promise<void> {
   const item = { model: 'lamina-tiny', maxTokens: NUM_TOKENS, stop: [], ignoreEos: true, submittedAtMs: Date.now() };
@@ -134,4 +138,32 @@ describe('an answer whose beginning the stream has discarded', () => {
     await submit('none', { isContinued: true });
     expect((await answerOf('none')).map(({ index }) => index)).toEqual([0, 1, 2, 3]);
   });
+});
+
+test('an item that was handed back often is computed if something was stored each time, and given up if nothing was', async () => {
+  await executor.stop();
+  const MANY = 12;
+  await submit('further', { maxTokens: MANY + NUM_TOKENS });
+  await submit('vain');
+  const texts: string[] = [];
+  const held = new Map<string, WorkLease>();
+  while (held.size < 2) {
+    const work = await eventually(() => queue.lease(1_000, () => undefined));
+    const { id } = work.item;
+    if (id === 'further' && texts.length < MANY) {
+      const lastSequence = (await tokens.endOf(id))?.sequence ?? 0;
+      await tokens.append([token(id, texts.length)], 'json', lastSequence, work.deliveryCount);
+      texts.push(`t${texts.length}`);
+    }
+    // A message that is given out and lost under load is a delivery without a text.
+    if (id === 'further' ? texts.length < MANY : work.deliveryCount < MANY) work.release();
+    else held.set(id, work);
+  }
+  for (const work of held.values()) work.release();
+  await startExecutor();
+  expect(await answerOf('vain')).toMatchObject([{ index: 0, token: null, error: { code: 'internal' } }]);
+  const answer = await answerOf('further');
+  expect(answer.slice(0, MANY).map(({ text }) => text)).toEqual(texts);
+  expect(answer.map(({ index }) => index)).toEqual(Array.from({ length: MANY + NUM_TOKENS }, (_, index) => index));
+  expect(answer.at(-1)).toMatchObject({ finish_reason: 'length' });
 });

@@ -121,7 +121,7 @@ describe('the token stream', () => {
     await client.flush();
     await intrude();
     expect(await reader.endOf('mixed')).toBeUndefined();
-    expect(await reader.stored('mixed')).toEqual({ tokens: [], lastSequence: 0 });
+    expect(await reader.stored('mixed')).toEqual({ tokens: [], lastSequence: 0, deliveryCount: 0 });
     const first = await writer.append([token('mixed', 0)], 'json', 0);
     await intrude();
     expect(await reader.endOf('mixed')).toMatchObject({ sequence: first, isComplete: false });
@@ -162,6 +162,16 @@ describe('the token stream', () => {
     const again = await writer.append([token('gone', 0)], 'json', lastSequence);
     await writer.append([token('gone', 1, 'stop')], 'json', again!);
     expect((await reader.stored('gone')).tokens.map(({ index }) => index)).toEqual([0, 1]);
+  });
+
+  test('an answer says how often its item had been given out to whoever stored last', async () => {
+    const first = await writer.append([token('given', 0)], 'json', 0);
+    expect(await reader.stored('given')).toMatchObject({ lastSequence: first, deliveryCount: 1 });
+    const second = await writer.append([token('given', 1)], 'json', first!, 12);
+    expect(await reader.stored('given')).toMatchObject({ lastSequence: second, deliveryCount: 12 });
+    client.publish(SUBJECTS.tokens('given'), Buffer.from('{}'));
+    await client.flush();
+    expect((await reader.stored('given')).deliveryCount).toBe(12);
   });
 
   test('what is left of an answer whose beginning was discarded is not taken for it, and its end is known', async () => {

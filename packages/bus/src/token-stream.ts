@@ -13,6 +13,7 @@
  *    the whole: it cannot be continued.
  */
 import {
+  DELIVERY_HEADER,
   decodeTokens,
   encodeTokens,
   FINAL_HEADER,
@@ -65,6 +66,8 @@ export interface StoredAnswer {
   readonly tokens: readonly TokenMessage[];
   /** Stream sequence of its last message, 0 when nothing is stored: what `append` expects next. */
   readonly lastSequence: number;
+  /** How often the work item had been given out when the writer of that message got it, 0 when nothing is stored. */
+  readonly deliveryCount: number;
 }
 
 interface LastMessage extends StoredEnd {
@@ -92,6 +95,7 @@ export class TokenStream {
   /**
    * Stores the next tokens of an answer as one message, unless somebody else has written to it.
    * @param lastSequence Stream sequence of the last message of the answer that the caller stored or read, 0 before any.
+   * @param deliveryCount Of the caller's work item, which says afterwards who got further.
    * @returns The sequence to go on with; undefined when the message may be stored again.
    * @throws LaminaError `duplicate_id` when the answer has messages after that one; others when it can never be stored.
    */
@@ -99,11 +103,12 @@ export class TokenStream {
     tokens: readonly TokenMessage[],
     encoding: WireEncoding,
     lastSequence: number,
+    deliveryCount = 1,
   ): Promise<number | undefined> {
     const { id } = tokens[0]!;
     let expected = lastSequence;
     for (let race = 0; race < MAX_FOREIGN_RACES; race++) {
-      const stored = await this.#store(tokens, encoding, expected);
+      const stored = await this.#store(tokens, encoding, expected, deliveryCount);
       if (stored !== 'otherwise') return stored;
       let last: StoredMsg | undefined;
       let end: LastMessage | undefined;
@@ -127,11 +132,13 @@ export class TokenStream {
     tokens: readonly TokenMessage[],
     encoding: WireEncoding,
     lastSequence: number,
+    deliveryCount: number,
   ): Promise<number | 'otherwise' | undefined> {
     const set = headers();
     set.append(TOKENS_HEADER, namesOf(tokens), Match.Exact);
     set.append(EXPECTED_SEQUENCE_HEADER, String(lastSequence), Match.Exact);
     if (tokens.at(-1)?.finish_reason !== null) set.append(FINAL_HEADER, 'true', Match.Exact);
+    if (deliveryCount > 1) set.append(DELIVERY_HEADER, String(deliveryCount), Match.Exact);
     const outcome = await this.#publisher.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), set);
     if (outcome.kind === 'stored') return outcome.sequence;
     if (outcome.kind === 'refused' && outcome.refusal.errCode === WRONG_LAST_SEQUENCE_ERROR_CODE) return 'otherwise';
@@ -200,8 +207,10 @@ export class TokenStream {
   async stored(requestId: string): Promise<StoredAnswer> {
     const lastSequence = (await this.endOf(requestId))?.sequence;
     const tokens: TokenMessage[] = [];
-    if (lastSequence === undefined) return { tokens, lastSequence: 0 };
-    await this.#readUpTo(requestId, lastSequence, ({ data }) => {
+    let deliveryCount = 0;
+    if (lastSequence === undefined) return { tokens, lastSequence: 0, deliveryCount };
+    await this.#readUpTo(requestId, lastSequence, ({ data, headers: set }) => {
+      deliveryCount = Number(set?.get(DELIVERY_HEADER) || 1);
       for (const token of decodeTokens(data)) {
         if (token.index > tokens.length) {
           const advice = 'send the request again under another id';
@@ -210,7 +219,7 @@ export class TokenStream {
         if (token.index === tokens.length) tokens.push(token);
       }
     });
-    return { tokens, lastSequence };
+    return { tokens, lastSequence, deliveryCount };
   }
 
   /** Messages of one answer as they are stored from now on. */

@@ -38,6 +38,7 @@ export {
   SUBJECTS,
 } from './subjects.ts';
 export {
+  DELIVERY_HEADER,
   decodeTokens,
   encodeTokens,
   FINAL_HEADER,

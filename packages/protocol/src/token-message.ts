@@ -18,6 +18,9 @@ export const FINAL_HEADER = 'Lamina-Final';
 /** Header of every stored message of an answer: the indices of its first and last token as `0-7`, or `end` for an end without one. */
 export const TOKENS_HEADER = 'Lamina-Tokens';
 
+/** Header of a stored message whose writer was not the first to get the work item: how often it had been given out then. */
+export const DELIVERY_HEADER = 'Lamina-Delivery';
+
 const finishReasonSchema = z.enum(['stop', 'length', 'cancelled', 'error']);
 export type FinishReason = z.infer<typeof finishReasonSchema>;
 

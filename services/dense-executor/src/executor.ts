@@ -32,8 +32,9 @@ export interface ExecutorOptions {
   readonly log: Logger;
 }
 
-/** An item that ends every executor that takes it must not end them all. */
-const MAX_DELIVERIES = 10;
+/** An item that ends every executor that takes it must not end them all: so many in a row may store nothing of its answer. */
+const MAX_VAIN_DELIVERIES = 10;
+const NOTHING_STORED: StoredAnswer = { tokens: [], lastSequence: 0, deliveryCount: 0 };
 /** Before a request is offered again whose stored part cannot be read. */
 const RELEASE_DELAY_MS = 1_000;
 /** What waited for longer may have been ended by its gateway, which takes at least so long to do that. */
@@ -105,7 +106,7 @@ export class Executor {
     if (isResuming || mayBeStored) this.#resuming.set(item.id, lease);
     if (isResuming) return;
     if (this.#resuming.has(item.id)) void this.#resume(lease, submittedAtMs);
-    else this.#begin(lease, { tokens: [], lastSequence: 0 }, submittedAtMs);
+    else this.#begin(lease, NOTHING_STORED, submittedAtMs);
   }
 
   /** Takes up what another executor began, or drops what was ended while it waited. */
@@ -155,7 +156,15 @@ export class Executor {
     const { item } = lease;
     const { tokenizer, log } = this.#options;
     const answer = new Answer({ tokenizer, eosTokenIds: this.#eosTokenIds, item });
-    const writer = new AnswerWriter(this.#options.tokens, item.encoding, stored.lastSequence, (error) => {
+    const { tokens } = this.#options;
+    const stream: ConstructorParameters<typeof AnswerWriter>[0] = {
+      append: (messages, encoding, lastSequence) =>
+        tokens.append(messages, encoding, lastSequence, request.lease.deliveryCount),
+      get isClosed() {
+        return tokens.isClosed;
+      },
+    };
+    const writer = new AnswerWriter(stream, item.encoding, stored.lastSequence, (error) => {
       if (error.code === 'duplicate_id') {
         this.requests.send(request, { type: 'TAKEN_OVER' });
         return;
@@ -175,16 +184,19 @@ export class Executor {
     const deadlineMs = item.deadlineAtMs === null ? null : Math.max(0, item.deadlineAtMs - Date.now());
     request.actor = createActor(this.#machineFor(request), { input: { requestId: item.id, deadlineMs } });
     request.actor.start();
-    const problem = this.#problemWith(item, lease.deliveryCount);
+    const problem = this.#problemWith(item, numVainDeliveries(lease, stored));
     if (problem !== undefined) requests.send(request, { type: 'FAIL', error: problem });
     else if (this.#cancels.hasCancelled(item.id, submittedAtMs)) requests.send(request, { type: 'CANCEL' });
     else this.tables.admitQueued();
   }
 
   /** What the gateway should have refused; checked again, since one bad token id would fail every request of its wave. */
-  #problemWith({ model, tokenIds, maxTokens }: WorkItem, deliveryCount: number): LaminaError | undefined {
-    if (deliveryCount > MAX_DELIVERIES) {
-      return new LaminaError('internal', `given up after ${MAX_DELIVERIES} executors did not finish it`);
+  #problemWith({ model, tokenIds, maxTokens }: WorkItem, numVain: number): LaminaError | undefined {
+    if (numVain > MAX_VAIN_DELIVERIES) {
+      return new LaminaError(
+        'internal',
+        `given up after ${MAX_VAIN_DELIVERIES} executors in a row stored nothing of it`,
+      );
     }
     const { modelId, vocabSize, contextLength } = this.#options.description;
     if (model !== modelId) return new LaminaError('unknown_model', `this executor serves "${modelId}", not "${model}"`);
@@ -280,4 +292,9 @@ export class Executor {
     });
     await Promise.all(handing);
   }
+}
+
+/** How often the item was given out since something of its answer was stored. A queue that was made anew counts from 1. */
+function numVainDeliveries({ deliveryCount }: WorkLease, stored: StoredAnswer): number {
+  return deliveryCount < stored.deliveryCount ? deliveryCount : deliveryCount - stored.deliveryCount;
 }

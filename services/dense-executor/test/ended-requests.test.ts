@@ -106,3 +106,27 @@ test('an item whose answer another process writes meanwhile is left to that', as
   await settle();
   expect([bench.completed, bench.released, bench.messages]).toEqual([[], [], []]);
 });
+
+test.for([
+  // Delivery, that of the last stored message, whether it is computed.
+  [10, 0, true],
+  [11, 0, false],
+  [11, 1, true],
+  [12, 1, false],
+  [50, 49, true],
+  [50, 40, true],
+  [50, 39, false],
+  // The queue was made anew and counts from 1.
+  [10, 50, true],
+  [11, 50, false],
+] as const)(
+  'an item of delivery %i, of which that of %i stored something, is computed: %s',
+  async ([delivery, last, isComputed]) => {
+    bench.stored = last === 0 ? [] : [{ id: 'r', index: 0, token: 5, text: '', finish_reason: null }];
+    bench.storedDeliveryCount = last;
+    bench.admit({ id: 'r', maxTokens: 50, deliveryCount: delivery });
+    await settle();
+    expect(kv.log).toEqual(isComputed ? ['allocate r'] : []);
+    expect(bench.messages).toMatchObject(isComputed ? [] : [{ id: 'r', error: { code: 'internal' } }]);
+  },
+);

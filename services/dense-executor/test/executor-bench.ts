@@ -115,6 +115,8 @@ export class Bench {
   isTakenOver = false;
   /** What the stream has of every answer. */
   stored: readonly TokenMessage[] = [];
+  /** Of whoever stored the last of it. */
+  storedDeliveryCount = 1;
   /** Why that cannot be had. */
   unreadable: LaminaError | undefined;
   /** How often the stream was asked for that. */
@@ -135,7 +137,11 @@ export class Bench {
         stored: () => {
           this.numReads++;
           if (this.unreadable !== undefined) return Promise.reject(this.unreadable);
-          return Promise.resolve({ tokens: this.stored, lastSequence: this.stored.length });
+          return Promise.resolve({
+            tokens: this.stored,
+            lastSequence: this.stored.length,
+            deliveryCount: this.stored.length === 0 ? 0 : this.storedDeliveryCount,
+          });
         },
         endOf: () => {
           const last = this.stored.at(-1);

@@ -98,6 +98,21 @@ describe('request machine', () => {
     expect(failures[0]?.code).toBe('shard_lost');
   });
 
+  it('computes lost KV again as often as it is lost, while tokens come in between', async () => {
+    const { actor, phases, failures } = startRequest();
+    actor.send({ type: 'ADMIT' });
+    await settle();
+    for (let i = 0; i < 3 * MAX_RECOVERIES; i++) {
+      actor.send({ type: 'KV_LOST', error: lost });
+      await settle();
+      if (i % MAX_RECOVERIES !== 0) continue;
+      actor.send({ type: 'LOGITS_READY' });
+      actor.send({ type: 'TOKEN_SAMPLED' });
+      expect(phases.at(-1)).toBe('decode');
+    }
+    expect(failures).toEqual([]);
+  });
+
   it('goes back to the queue without its KV when it is preempted', async () => {
     const { actor, phases, releaseKv } = startRequest();
     actor.send({ type: 'ADMIT' });
