@@ -33,6 +33,8 @@ export const workItemSchema = z.object({
   deadlineAtMs: z.number().nullable(),
   encoding: z.enum(['json', 'msgpack']),
   submittedAtMs: z.number(),
+  /** Whose it is: executors are fair between clients. Absent: the client of all that name none. */
+  client: idSchema.optional(),
   /** A part of the answer was stored before the item was lost: it is continued, also on its first delivery. */
   isContinued: z.boolean().optional(),
 });

@@ -51,7 +51,6 @@ export class Executor {
   /** Leases of requests whose stored part is being read, the latest of each. */
   readonly #resuming = new Map<string, WorkLease>();
   #pool: StepRunner | undefined;
-  #numArrivals = 0;
   #renewal: NodeJS.Timeout | undefined;
 
   constructor(options: ExecutorOptions) {
@@ -172,7 +171,13 @@ export class Executor {
       log.error({ err: error, id: item.id }, 'an answer cannot be stored');
       this.requests.send(request, { type: 'FAIL', error });
     });
-    const request: GenerationRequest = new GenerationRequest(item, lease, answer, writer, this.#numArrivals++);
+    const request: GenerationRequest = new GenerationRequest(
+      item,
+      lease,
+      answer,
+      writer,
+      requests.clients.enter(item.client),
+    );
     for (const { token } of stored.tokens) {
       if (token === null) continue;
       request.tokens.push(token);

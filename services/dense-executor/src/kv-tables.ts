@@ -3,8 +3,10 @@
  *
  * Invariants
  * 1. Blocks are given back only when no step in flight can still write to them.
- * 2. Queued requests are admitted one at a time, the most urgent first, and none while a running one waits for blocks.
- * 3. A running request that gets no more blocks makes the youngest give its own up, so the oldest can always finish.
+ * 2. Queued requests are admitted one at a time, in turn (kv-turns.ts), and none while a running one waits for blocks. One that
+ *    does not fit is tried again: it is not passed by smaller ones whose turn comes later.
+ * 3. A running request that gets no more blocks makes the one whose turn was last give its own up (kv-turns.ts), so the first
+ *    can always finish.
  * 4. Where every layer has a window, blocks that no later token can see are given back before more are asked for, so a
  *    request holds at most its window, one step and the two blocks at the ends.
  * 5. After one was preempted, queued requests are let in again only when a running one has ended or there is room for all
@@ -16,8 +18,9 @@ import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError, maxWindowTokens } from '@lamina/tensor';
 import type { KvClient, KvEvents } from './kv-client.ts';
 import type { ExecutorMetrics } from './metrics.ts';
-import type { GenerationRequest } from './request/request.ts';
+import { type GenerationRequest, NO_TURN } from './request/request.ts';
 import type { RunningRequests } from './running-requests.ts';
+import { isSooner, isWaiting, leastUrgent, takeTurnOf } from './scheduling/kv-turns.ts';
 import type { Scheduler } from './scheduling/scheduler.ts';
 
 export interface KvTablesOptions {
@@ -106,6 +109,7 @@ export class KvTables implements KvEvents {
       void kv.free(request.id);
       return;
     }
+    if (request.kvTurn === NO_TURN) request.kvTurn = request.client.takeKvTurn();
     request.blockTable = blockTable;
     request.numTrimmedBlocks = 0;
     request.numComputed = 0;
@@ -116,17 +120,18 @@ export class KvTables implements KvEvents {
     });
   }
 
-  /** Lets the most urgent queued request try for KV. */
+  /** Lets the queued request whose turn it is try for KV. */
   admitQueued(): void {
     let first: GenerationRequest | undefined;
     let numHolding = 0;
     for (const request of this.#options.requests.all()) {
       if (request.isStarved || request.phase === 'allocating') return;
       if (request.holdsKv) numHolding++;
-      if (request.phase !== 'queued' || request.isReleasePending) continue;
-      if (first === undefined || request.item.priority > first.item.priority) first = request;
+      if (!isWaiting(request)) continue;
+      if (first === undefined || isSooner(request, first)) first = request;
     }
     if (first === undefined) return;
+    first = takeTurnOf(first, this.#options.requests);
     const fits = this.#numFreeBlocks * this.#blockSizeTokens >= this.#maxHeldTokens(first);
     if (numHolding > 0 && numHolding >= this.#admitBelow && !fits) return;
     this.#admitBelow = Number.POSITIVE_INFINITY;
@@ -219,7 +224,7 @@ export class KvTables implements KvEvents {
     if (error.code === 'overloaded') {
       request.isStarved = true;
       this.#retryLater(numEvents);
-      this.#preemptYoungest(request);
+      this.#preemptFor(request);
     } else if (error.code === 'unavailable') {
       this.#options.log.warn({ err: error, id: request.id }, 'no answer about more blocks; trying again');
       this.#retryLater(numEvents);
@@ -227,17 +232,13 @@ export class KvTables implements KvEvents {
     else this.lose(request);
   }
 
-  #preemptYoungest(starved: GenerationRequest): void {
-    let youngest = starved;
+  #preemptFor(starved: GenerationRequest): void {
+    const { requests, metrics } = this.#options;
     let numHolding = 0;
-    for (const request of this.#options.requests.all()) {
-      if (request.holdsKv) numHolding++;
-      const isRunning = request.phase === 'prefill' || request.phase === 'decode';
-      if (isRunning && request.arrival > youngest.arrival) youngest = request;
-    }
+    for (const request of requests.all()) if (request.holdsKv) numHolding++;
     this.#admitBelow = numHolding - 1;
-    this.#options.metrics.preemptions.inc();
-    this.#options.requests.send(youngest, { type: 'PREEMPT' });
+    metrics.preemptions.inc();
+    requests.send(leastUrgent(starved, requests), { type: 'PREEMPT' });
   }
 
   /** The KV of a request is gone: it is computed again once no step of it is in flight. */

@@ -7,8 +7,10 @@
  */
 import type { RequestEvent } from './request/machine.ts';
 import type { GenerationRequest } from './request/request.ts';
+import { Clients } from './scheduling/clients.ts';
 
 export class RunningRequests {
+  readonly clients = new Clients();
   readonly #byId = new Map<string, GenerationRequest>();
   /** Requests that another executor began and whose stored part is being read. */
   #numArriving = 0;
@@ -33,7 +35,7 @@ export class RunningRequests {
   }
 
   remove(request: GenerationRequest): void {
-    this.#byId.delete(request.id);
+    if (this.#byId.delete(request.id)) this.clients.leave(request.client, request.item.client);
     this.#wake();
   }
 

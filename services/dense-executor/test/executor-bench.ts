@@ -96,6 +96,8 @@ export interface BenchRequest {
   /** Default: some numPromptTokens tokens. */
   readonly tokenIds?: readonly number[];
   readonly maxTokens: number;
+  readonly client?: string | undefined;
+  readonly priority?: number;
   readonly deliveryCount?: number;
   readonly deadlineAtMs?: number;
   /** Since the gateway got it; default 0. */
@@ -173,6 +175,8 @@ export class Bench {
     numPromptTokens = 1,
     tokenIds,
     maxTokens,
+    client,
+    priority = 0,
     deliveryCount = 1,
     deadlineAtMs,
     waitedMs = 0,
@@ -187,9 +191,10 @@ export class Bench {
         stop: [],
         logprobs: null,
         ignoreEos: true,
-        priority: 0,
+        priority,
         deadlineAtMs: deadlineAtMs ?? null,
         encoding: 'json',
+        client,
         submittedAtMs: Date.now() - waitedMs,
       },
       deliveryCount,

@@ -4,6 +4,7 @@ import { AnswerWriter, type WorkLease } from '@lamina/bus';
 import { loadTokenizer } from '@lamina/model';
 import { Answer } from '../src/request/answer.ts';
 import { GenerationRequest } from '../src/request/request.ts';
+import { Clients } from '../src/scheduling/clients.ts';
 
 const tokenizer = await loadTokenizer(fileURLToPath(new URL('../../../models/lamina-tiny', import.meta.url)));
 
@@ -11,6 +12,7 @@ export const BLOCK = 16;
 
 /** Takes every message as stored. */
 const STREAM = { isClosed: false, append: () => Promise.resolve(1) };
+const clients = new Clients();
 let arrivals = 0;
 
 export function request(options: {
@@ -21,6 +23,7 @@ export function request(options: {
   priority?: number;
   numBlocks?: number;
   maxTokens?: number;
+  client?: string | undefined;
 }): GenerationRequest {
   const id = `r${arrivals}`;
   const tokenIds = Array.from({ length: options.numPromptTokens }, (_, i) => i % 1000);
@@ -44,8 +47,9 @@ export function request(options: {
     lease,
     new Answer({ tokenizer, eosTokenIds: new Set(), item }),
     new AnswerWriter(STREAM, 'json', 0, () => undefined),
-    arrivals++,
+    clients.enter(options.client),
   );
+  arrivals++;
   const shards = options.shards ?? ['a'];
   const numBlocks = options.numBlocks ?? Math.ceil((options.numPromptTokens + 1) / BLOCK);
   made.blockTable = Array.from({ length: numBlocks }, (_, i) => ({

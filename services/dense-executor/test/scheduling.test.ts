@@ -170,6 +170,21 @@ describe('Scheduler', () => {
     subject.add(high);
     expect(subject.formStep(0)[0]?.request).toBe(high);
   });
+
+  it.each(['prefill', 'decode'] as const)('lets clients take turns, and priority count within each, in %s', (phase) => {
+    const limit = phase === 'prefill' ? 16 : 1;
+    const subject = scheduler(1, { maxBatchedTokens: limit, prefillChunkTokens: limit });
+    const numComputed = phase === 'prefill' ? 0 : 99;
+    const of = (client: string, priority: number) =>
+      request({ numPromptTokens: 100, numComputed, phase, client: `${phase}-${client}`, priority });
+    const [low, high, other] = [of('a', 90), of('a', 100), of('a', 90)];
+    const [modest, urgent] = [of('b', 0), of('c', 200)];
+    for (const each of [low, high, other, modest, urgent]) subject.add(each);
+    const next = () => subject.formStep(0)[0]?.request;
+    expect(Array.from({ length: 7 }, next)).toEqual([high, modest, urgent, high, modest, urgent, high]);
+    subject.remove(high);
+    expect(Array.from({ length: 7 }, next)).toEqual([modest, urgent, low, modest, urgent, other, modest]);
+  });
 });
 
 /** The chunks that see themselves: all their rows, each key once, nothing of the others. */

@@ -6,7 +6,8 @@ import { LaminaError } from '@lamina/tensor';
 
 /** Header of a NATS message or an HTTP request that names the client. */
 export const CLIENT_HEADER = 'Lamina-Client';
-const DEFAULT_CLIENT = 'default';
+/** All that name none. */
+export const DEFAULT_CLIENT = 'default';
 
 /**
  * The client that a header names; all that name none are one.

@@ -149,6 +149,7 @@ export class DurablePrompts {
       const item = await prepare(this.#parts, request, {
         id,
         encoding,
+        client,
         receivedAtMs: prompt.storedAtMs,
         isContinued,
       });

@@ -249,7 +249,7 @@ export class Gateway {
     const isContinued = state === 'cut';
     const closing = new AbortController();
     this.#closing.set(relay, closing);
-    const origin = { id: relay.id, encoding, receivedAtMs, isContinued, signal: closing.signal };
+    const origin = { id: relay.id, encoding, client, receivedAtMs, isContinued, signal: closing.signal };
     const item = await prepare(this.#parts, request, origin);
     relay.admitted(item);
     if (relay.isClosed) return;

@@ -7,6 +7,7 @@
 import { randomBytes } from 'node:crypto';
 import type { GenerateRequest, WireEncoding, WorkItem } from '@lamina/protocol';
 import { admit, promptOf, type ServedModel } from './admission.ts';
+import { DEFAULT_CLIENT } from './client-id.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import type { PromptTokenizer } from './prompt-tokenizer.ts';
 
@@ -19,6 +20,7 @@ export interface PreparationParts {
 export interface Origin {
   readonly id: string;
   readonly encoding: WireEncoding;
+  readonly client: string;
   /** When the request came, Unix time in ms: its deadline counts from here. */
   readonly receivedAtMs: number;
   /** A part of its answer is stored already. */
@@ -30,7 +32,7 @@ export interface Origin {
 /** @throws LaminaError `invalid_request`, `unknown_model`, `context_length_exceeded`, `kv_capacity_exceeded`, `overloaded`, `unavailable` */
 export async function prepare(parts: PreparationParts, request: GenerateRequest, origin: Origin): Promise<WorkItem> {
   const { model, promptTokenizer, cluster } = parts;
-  const { id, encoding, receivedAtMs, isContinued, signal } = origin;
+  const { id, encoding, client, receivedAtMs, isContinued, signal } = origin;
   const prompt = promptOf(request, model);
   const deadlineAtMs = request.deadline_ms === undefined ? undefined : receivedAtMs + request.deadline_ms;
   const tokenIds =
@@ -38,6 +40,7 @@ export async function prepare(parts: PreparationParts, request: GenerateRequest,
   const facts = { id, encoding, nowMs: receivedAtMs, randomSeed: randomBytes(6).readUIntBE(0, 6) };
   admit(request, tokenIds, model, { ...facts, kvCapacityTokens: Number.POSITIVE_INFINITY });
   const { kvCapacityTokens } = requireAvailable(await cluster.recent());
-  const item = admit(request, tokenIds, model, { ...facts, kvCapacityTokens });
+  const admitted = admit(request, tokenIds, model, { ...facts, kvCapacityTokens });
+  const item = client === DEFAULT_CLIENT ? admitted : { ...admitted, client };
   return isContinued ? { ...item, isContinued } : item;
 }

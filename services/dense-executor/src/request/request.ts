@@ -9,16 +9,21 @@
 import type { AnswerWriter, WorkLease } from '@lamina/bus';
 import type { BlockRef, WorkItem } from '@lamina/protocol';
 import type { ActorRefFrom } from 'xstate';
+import type { Client } from '../scheduling/clients.ts';
 import type { PromptLookup } from '../scheduling/prompt-lookup.ts';
 import type { Answer } from './answer.ts';
 import type { RequestPhase, requestMachine } from './machine.ts';
+
+/** Of a request that was not given KV yet. */
+export const NO_TURN = Number.POSITIVE_INFINITY;
 
 export class GenerationRequest {
   readonly item: WorkItem;
   readonly answer: Answer;
   readonly writer: AnswerWriter;
-  /** Position in the order of arrival: older requests come first and are preempted last. */
-  readonly arrival: number;
+  readonly client: Client;
+  /** Its turn among all that were given KV, kept until its end: the later it is, the sooner it is preempted. */
+  kvTurn = NO_TURN;
   /** Prompt and generated tokens. */
   readonly tokens: number[];
   lease: WorkLease;
@@ -46,12 +51,12 @@ export class GenerationRequest {
   /** A shard with blocks of it went away while a step was in flight. */
   isKvLost = false;
 
-  constructor(item: WorkItem, lease: WorkLease, answer: Answer, writer: AnswerWriter, arrival: number) {
+  constructor(item: WorkItem, lease: WorkLease, answer: Answer, writer: AnswerWriter, client: Client) {
     this.item = item;
     this.lease = lease;
     this.answer = answer;
     this.writer = writer;
-    this.arrival = arrival;
+    this.client = client;
     this.tokens = [...item.tokenIds];
   }
 

@@ -9,7 +9,8 @@
  *    requests of all waves wait for a chunk, so beside them it has at most prefillChunkTokens (chunk-limit.ts); while
  *    nobody decodes, or several prompts wait and no more requests decode, it may fill the step. It ends at a block, so
  *    that the next one sees itself (step-builder).
- * 3. A request left out for lack of budget goes first in the next step.
+ * 3. When the budget is too small for all, clients take turns (clients.ts) to be first in a step, and its requests go by
+ *    priority within each; of equals those that were left out of the last step go first.
  * 4. No token is scheduled that has no room in its request's block table.
  * 5. Drafts only fill a step of decode tokens up to MAX_SPECULATED_ROWS: there a pass costs little more than for one row,
  *    and most of the time of a step is the way to the shards and back. A full batch has none.
@@ -51,8 +52,17 @@ interface DraftLimit {
 
 const NO_DRAFTS: DraftLimit = { maxTokens: 0, numOthers: 0 };
 
-const byUrgency = (a: GenerationRequest, b: GenerationRequest): number =>
-  b.item.priority - a.item.priority || a.arrival - b.arrival;
+/** Clients by their turns, requests of one by priority; those of one priority stay as they are. */
+const byTurn = (a: GenerationRequest, b: GenerationRequest): number =>
+  a.client.stepTurn - b.client.stepTurn || b.item.priority - a.item.priority;
+
+/** Whether some requests may come before others. */
+function isRanked(wave: readonly GenerationRequest[]): boolean {
+  for (const { client, item } of wave) {
+    if (client !== wave[0]!.client || item.priority !== wave[0]!.item.priority) return true;
+  }
+  return false;
+}
 
 export class Scheduler {
   readonly #limits: SchedulerLimits;
@@ -187,18 +197,24 @@ export class Scheduler {
     const entries: StepEntry[] = [];
     const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
     let budget = maxBatchedTokens;
-    const ordered = wave.some((request) => request.item.priority !== 0) ? [...wave].sort(byUrgency) : wave;
+    const ranked = isRanked(wave);
+    if (ranked) wave.sort(byTurn);
     const drafts = this.#draftLimit(wave);
-    for (const request of ordered) {
+    for (const request of wave) {
       if (budget > 0 && request.phase === 'decode')
         budget -= this.#take(request, 1, entries, { ...drafts, maxTokens: Math.min(drafts.maxTokens, budget - 1) });
     }
+    const numDecoding = entries.length;
     const isForPrompts = this.#isForPrompts;
     if (!isForPrompts) budget = Math.min(budget, this.#chunkLimit.limit(maxBatchedTokens - budget));
     const chunkTokens = isForPrompts ? maxBatchedTokens : prefillChunkTokens;
-    for (const request of ordered) {
+    for (const request of wave) {
       if (budget > 0 && request.phase === 'prefill')
         budget -= this.#take(request, this.#toBlockEnd(request, Math.min(budget, chunkTokens)), entries);
+    }
+    if (ranked) {
+      entries[0]?.request.client.takeStepTurn();
+      entries[numDecoding]?.request.client.takeStepTurn();
     }
     if (entries.length < wave.length) {
       const scheduled = new Set(entries.map((entry) => entry.request));
