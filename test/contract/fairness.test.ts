@@ -1,6 +1,6 @@
 /** A cluster that is full, over a real nats-server: who waits, who is next, who is refused. */
-import { type Bus, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
-import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
+import { type Bus, ensureStreams, TokenStream, type WorkLease, WorkQueue } from '@lamina/bus';
+import { decodeTokens, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { createInbox, headers } from 'nats';
 import { afterEach, beforeEach, expect, test } from 'vitest';
@@ -116,3 +116,30 @@ test('beyond its share a client is refused at once, with a time; another is not,
   await Promise.all(answers);
   expect((await ask({ prompt: 'Hi' }, 'not an id')).error?.code).toBe('invalid_request');
 });
+
+test("one durable prompt is not kept waiting by another client's 500, each is answered once, each client's in order", async () => {
+  await ensureStreams(bus);
+  const publish = (id: string, client: string) => {
+    const set = headers();
+    set.set('Lamina-Client', client);
+    return bus.connection.jetstream().publish(SUBJECTS.prompts, JSON.stringify({ id, prompt: 'Hi' }), { headers: set });
+  };
+  const busy = Array.from({ length: 500 }, (_, index) => `busy-${index}`);
+  for (const id of busy) await publish(id, 'busy');
+  await publish('modest', 'modest');
+  await start();
+  const manager = await bus.connection.jetstreamManager();
+  const { name, durableConsumer } = STREAMS.prompts;
+  // One goes into the work queue, and one may be on its way.
+  await eventually(async () => {
+    const { num_pending } = await manager.consumers.info(name, durableConsumer);
+    return num_pending === 0 ? true : undefined;
+  });
+  const ids = await served(501);
+  // 32 prompts of the busy client were in hand when the modest one's was seen.
+  expect(ids.indexOf('modest')).toBeLessThanOrEqual(35);
+  expect([...ids].sort()).toEqual([...busy, 'modest'].sort());
+  const places = busy.map((id) => ids.indexOf(id));
+  for (const [index, place] of places.entries()) expect(Math.abs(place - index)).toBeLessThanOrEqual(35);
+  await eventually(async () => ((await messagesIn(bus, 'prompts')) === 0 ? true : undefined));
+}, 120_000);

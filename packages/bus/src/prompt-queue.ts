@@ -2,13 +2,15 @@
  * Owns taking durable prompts from LAMINA_PROMPTS: clients publish them, gateways hand them over to the work queue.
  *
  * Invariants
- * 1. A prompt stays in the stream until `done`; one that is neither renewed nor done is offered to another gateway.
+ * 1. A prompt stays in the stream until `done`; one that is neither renewed, kept nor done is offered to another gateway.
  * 2. Nothing is decoded here: a bad body is answered by whoever takes it.
+ * 3. A prompt that was set aside is a position and a subject: its body and headers are in the stream only, until `open`.
  */
-import type { LaminaError } from '@lamina/tensor';
-import { millis } from 'nats';
+import { LaminaError } from '@lamina/tensor';
+import { type JsMsg, type MsgHdrs, millis, nanos } from 'nats';
 import type { Bus } from './bus.ts';
 import { DurablePull } from './durable-pull.ts';
+import { messageAt } from './stored-message.ts';
 import { PROMPT_ACK_WAIT_MS, PROMPTS_QUEUE } from './streams.ts';
 
 /** One durable prompt that this process has in hand. */
@@ -24,7 +26,34 @@ export interface DurablePrompt {
   done(): void;
   /** Hands it back, to be offered again after `delayMs`. */
   putBack(delayMs: number): void;
+  /** Gives its body up; it is this process's for `keepMs`. */
+  setAside(keepMs: number): PromptAside;
 }
+
+/** A durable prompt that this process will open later. */
+export interface PromptAside {
+  readonly sequence: number;
+  /** Nobody else is offered it for so long, from now on. */
+  keep(keepMs: number): void;
+  /** Takes it in hand again; undefined when the stream has it no more. Rejects when JetStream is away: it is still aside. */
+  open(): Promise<DurablePrompt | undefined>;
+  /** Hands it back, to be offered again at once. */
+  putBack(): void;
+}
+
+/** What the server stored, whichever way it came. */
+interface Stored {
+  readonly sequence: number;
+  readonly storedAtMs: number;
+  readonly data: Uint8Array;
+  readonly headers: MsgHdrs | undefined;
+}
+
+const DONE = '+ACK';
+const PUT_BACK = '-NAK';
+const WORKING = '+WPI';
+const putBackAfter = (delayMs: number): string =>
+  delayMs > 0 ? `${PUT_BACK} ${JSON.stringify({ delay: nanos(delayMs) })}` : PUT_BACK;
 
 export class PromptQueue {
   readonly #bus: Bus;
@@ -43,23 +72,57 @@ export class PromptQueue {
   async take(waitMs: number): Promise<DurablePrompt | undefined> {
     const message = await this.#pull.next(waitMs);
     if (message === undefined) return undefined;
+    const { seq: sequence, data, headers } = message;
+    const storedAtMs = millis(message.info.timestampNanos);
+    return this.#inHand({ sequence, storedAtMs, data, headers }, replySubjectOf(message));
+  }
+
+  /** @param replySubject Where the server hears about it. */
+  #inHand({ sequence, storedAtMs, data, headers }: Stored, replySubject: string): DurablePrompt {
     const renewal = setInterval(() => {
       if (this.#bus.isClosed) clearInterval(renewal);
-      else message.working();
+      else this.#say(replySubject, WORKING);
     }, PROMPT_ACK_WAIT_MS / 3);
+    const end = (answer: string): void => {
+      clearInterval(renewal);
+      this.#say(replySubject, answer);
+    };
     return {
-      sequence: message.seq,
-      storedAtMs: millis(message.info.timestampNanos),
-      data: message.data,
-      header: (name) => message.headers?.get(name) || undefined,
-      done: () => {
-        clearInterval(renewal);
-        if (!this.#bus.isClosed) message.ack();
-      },
-      putBack: (delayMs) => {
-        clearInterval(renewal);
-        if (!this.#bus.isClosed) message.nak(delayMs);
+      sequence,
+      storedAtMs,
+      data,
+      header: (name) => headers?.get(name) || undefined,
+      done: () => end(DONE),
+      putBack: (delayMs) => end(putBackAfter(delayMs)),
+      setAside: (keepMs) => {
+        // What the server puts back after a delay counts as taken until then, and can be renewed and done meanwhile.
+        end(putBackAfter(keepMs));
+        return this.#aside(sequence, replySubject);
       },
     };
   }
+
+  #aside(sequence: number, replySubject: string): PromptAside {
+    return {
+      sequence,
+      keep: (keepMs) => this.#say(replySubject, putBackAfter(keepMs)),
+      putBack: () => this.#say(replySubject, PUT_BACK),
+      open: async () => {
+        const stored = await messageAt(this.#bus, PROMPTS_QUEUE.stream, sequence);
+        if (stored === undefined) return undefined;
+        this.#say(replySubject, WORKING);
+        const { data, header: headers, time } = stored;
+        return this.#inHand({ sequence, storedAtMs: time.getTime(), data, headers }, replySubject);
+      },
+    };
+  }
+
+  #say(replySubject: string, answer: string): void {
+    if (!this.#bus.isClosed) this.#bus.connection.publish(replySubject, answer);
+  }
+}
+
+function replySubjectOf(message: JsMsg): string {
+  if ('reply' in message && typeof message.reply === 'string') return message.reply;
+  throw new LaminaError('internal', 'a message of a consumer has no reply subject');
 }

@@ -27,8 +27,7 @@ export const ACK_WAIT_MS = 4_000;
 
 /** A gateway that has a prompt in hand says so well within this time; a dead one's prompts are offered to another after it. */
 export const PROMPT_ACK_WAIT_MS = 5_000;
-/** Prompts that all gateways together have in hand. */
-const MAX_PROMPTS_IN_HAND = 1_024;
+const CONSUMER_EXISTS_ERROR_CODE = 10148;
 
 /**
  * nats-server confirms a stored message on whatever subject its publisher chose as the reply, and asks no permission for
@@ -78,7 +77,8 @@ export const PROMPTS_QUEUE: DurableQueue = {
     durable_name: STREAMS.prompts.durableConsumer,
     ack_policy: AckPolicy.Explicit,
     ack_wait: nanos(PROMPT_ACK_WAIT_MS),
-    max_ack_pending: MAX_PROMPTS_IN_HAND,
+    // Gateways look at all that wait, to be fair between clients.
+    max_ack_pending: PROMPTS_CONFIG.max_msgs,
   },
 };
 
@@ -105,6 +105,16 @@ async function ensureStream(
   }
 }
 
+async function ensureConsumer(manager: JetStreamManager, { stream, consumer }: DurableQueue): Promise<void> {
+  try {
+    await manager.consumers.add(stream, consumer);
+  } catch (cause) {
+    // From nats-server 2.10 on, making one does not adjust it.
+    if (!(cause instanceof NatsError) || cause.api_error?.err_code !== CONSUMER_EXISTS_ERROR_CODE) throw cause;
+    await manager.consumers.update(stream, consumer.durable_name, consumer);
+  }
+}
+
 /**
  * Creates or adjusts the streams and the consumers of gateways and executors.
  * @throws LaminaError `nats_unreachable` when the server has no JetStream or refuses.
@@ -115,7 +125,7 @@ export async function ensureStreams(bus: Bus): Promise<void> {
     await ensureStream(manager, PROMPTS_CONFIG);
     await ensureStream(manager, WORK_CONFIG);
     await ensureStream(manager, TOKENS_CONFIG);
-    for (const { stream, consumer } of [PROMPTS_QUEUE, WORK_QUEUE]) await manager.consumers.add(stream, consumer);
+    for (const queue of [PROMPTS_QUEUE, WORK_QUEUE]) await ensureConsumer(manager, queue);
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);
     const advice =

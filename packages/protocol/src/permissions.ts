@@ -62,7 +62,7 @@ type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow';
 
 const STREAM_USES: Readonly<Record<keyof typeof STREAMS, Readonly<Partial<Record<Role, readonly StreamUse[]>>>>> = {
   prompts: {
-    gateway: ['manage', 'consume'],
+    gateway: ['manage', 'consume', 'look'],
     'dense-executor': ['manage'],
     'durable-client': ['publish'],
     operator: ['publish'],
@@ -116,6 +116,7 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       call(`STREAM.INFO.${name}`, `STREAM.CREATE.${name}`, `STREAM.UPDATE.${name}`);
       if (durableConsumer !== null) {
         call(`CONSUMER.CREATE.${name}.${durableConsumer}`, `CONSUMER.DURABLE.CREATE.${name}.${durableConsumer}`);
+        call(`CONSUMER.INFO.${name}.${durableConsumer}`);
       }
       break;
     case 'publish':

@@ -7,7 +7,8 @@
  * 2. A prompt is never refused because the cluster is full or down: it waits, here or in the stream.
  * 3. An error never replaces an answer: it is stored only where nothing is stored under its id.
  * 4. Generated ids begin again with a new LAMINA_PROMPTS: one whose answer is still stored from before waits until it is not.
- * 5. At most MAX_IN_HAND prompts are in hand; the others stay in the stream.
+ * 5. At most MAX_IN_HAND prompts are in hand, with their bodies; the others wait in an order that is fair between clients
+ *    (waiting-prompts.ts), their bodies in the stream.
  */
 import type { DurablePrompt, PromptQueue, TokenStream } from '@lamina/bus';
 import {
@@ -24,10 +25,11 @@ import {
 import type { Counter, Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { cancelledEnd, deadlineExceeded, failedEnd } from './answer-end.ts';
-import { CLIENT_HEADER, clientIdOf } from './client-id.ts';
+import { CLIENT_HEADER, clientIdOf, DEFAULT_CLIENT } from './client-id.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import type { RequestState } from './request-state.ts';
+import { type WaitingPrompt, WaitingPrompts } from './waiting-prompts.ts';
 
 export interface DurablePromptsParts extends PreparationParts {
   readonly prompts: Pick<PromptQueue, 'take'>;
@@ -58,7 +60,9 @@ export class DurablePrompts {
   readonly #parts: DurablePromptsParts;
   readonly #inHand = new Set<DurablePrompt>();
   readonly #cancels = new PastCancels();
-  #onRoom: (() => void) | undefined;
+  readonly #waiting = new WaitingPrompts();
+  /** Those that waited and whose bodies are being read. */
+  #numOpening = 0;
   #isStopping = false;
 
   constructor(parts: DurablePromptsParts) {
@@ -69,13 +73,15 @@ export class DurablePrompts {
   async run(): Promise<void> {
     const { prompts, log } = this.#parts;
     while (!this.#isStopping) {
-      if (this.#inHand.size >= MAX_IN_HAND) await new Promise<void>((resolve) => (this.#onRoom = resolve));
-      if (this.#isStopping) return;
       try {
         const prompt = await prompts.take(TAKE_WAIT_MS);
         if (prompt === undefined) continue;
         if (this.#isStopping) prompt.putBack(0);
-        else void this.#handOver(prompt);
+        else if (this.#hasPlace && this.#waiting.size === 0) void this.#handOver(prompt);
+        else {
+          this.#waiting.add(prompt, clientOf(prompt));
+          this.#fillPlaces();
+        }
       } catch (cause) {
         if (this.#isStopping) return;
         log.error({ err: asLaminaError(cause) }, 'no durable prompts can be taken; trying again');
@@ -87,9 +93,39 @@ export class DurablePrompts {
   /** Hands everything back that is not handed over. */
   stop(): void {
     this.#isStopping = true;
-    this.#onRoom?.();
     for (const prompt of this.#inHand) prompt.putBack(0);
     this.#inHand.clear();
+    this.#waiting.putBack();
+  }
+
+  get #hasPlace(): boolean {
+    return this.#inHand.size + this.#numOpening < MAX_IN_HAND;
+  }
+
+  #fillPlaces(): void {
+    while (this.#hasPlace) {
+      const next = this.#waiting.next();
+      if (next === undefined) return;
+      void this.#open(next);
+    }
+  }
+
+  async #open({ aside, client }: WaitingPrompt): Promise<void> {
+    this.#numOpening++;
+    try {
+      const prompt = await aside.open();
+      if (this.#isStopping) prompt?.putBack(0);
+      // One that is gone was handed over by another gateway, or has aged out.
+      else if (prompt !== undefined) void this.#handOver(prompt);
+    } catch (cause) {
+      this.#parts.log.debug({ err: asLaminaError(cause), sequence: aside.sequence }, 'a durable prompt cannot be read');
+      await sleep(RETRY_MS);
+      if (this.#isStopping) aside.putBack();
+      else this.#waiting.addAgain(aside, client);
+    } finally {
+      this.#numOpening--;
+      this.#fillPlaces();
+    }
   }
 
   /** Ends the prompt of this id that is here or in the stream; not one that is published later. */
@@ -117,7 +153,7 @@ export class DurablePrompts {
       if (delayMs !== undefined && this.#inHand.delete(prompt)) prompt.putBack(delayMs);
       if (this.#inHand.has(prompt)) await sleep(RETRY_MS);
     }
-    this.#onRoom?.();
+    this.#fillPlaces();
   }
 
   /**
@@ -193,6 +229,16 @@ export class DurablePrompts {
     const advice = 'delete LAMINA_TOKENS whenever you delete LAMINA_PROMPTS';
     this.#parts.log.warn({ requestId: id }, `${problem}; ${advice}`);
     throw new LaminaError('unavailable', problem, { retryAfterMs: FORMER_ANSWER_RETRY_MS });
+  }
+}
+
+/** Whose turn it is to be handed over; one that names no client well is refused then. */
+function clientOf(prompt: DurablePrompt): string {
+  try {
+    // A copy: parts of a string keep all of it, which is as large as the headers of the message.
+    return Buffer.from(clientIdOf(prompt.header(CLIENT_HEADER))).toString();
+  } catch {
+    return DEFAULT_CLIENT;
   }
 }
 

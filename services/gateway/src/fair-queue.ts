@@ -40,8 +40,8 @@ export class FairQueue<T extends Entry> {
       line = { entries: [], startTokens };
       this.#lines.set(entry.client, line);
     }
-    const at = line.entries.findIndex(({ priority }) => priority < entry.priority);
-    line.entries.splice(at < 0 ? line.entries.length : at, 0, entry);
+    const after = line.entries.findLastIndex(({ priority }) => priority >= entry.priority);
+    line.entries.splice(after + 1, 0, entry);
     this.#size++;
   }
 
