@@ -41,6 +41,27 @@ describe('the work queue', () => {
     await eventually(async () => ((await numQueued(client)) === 0 ? true : undefined));
   });
 
+  test('looking an item up is one request to JetStream, counting those that wait two', async () => {
+    await gateway.submit(workItem('looked-up'));
+    const asked: string[] = [];
+    const listening = server.subscribe('$JS.API.>', ({ subject }) => asked.push(subject));
+    await server.flush();
+    const { name, durableConsumer } = STREAMS.work;
+    expect([await gateway.has('looked-up'), await gateway.has('unknown'), await gateway.waiting()]).toEqual([
+      true,
+      false,
+      1,
+    ]);
+    await server.flush();
+    listening.unsubscribe();
+    expect(asked).toEqual([
+      `$JS.API.STREAM.MSG.GET.${name}`,
+      `$JS.API.STREAM.MSG.GET.${name}`,
+      `$JS.API.CONSUMER.INFO.${name}.${durableConsumer}`,
+      `$JS.API.STREAM.INFO.${name}`,
+    ]);
+  });
+
   test('items come in the order of their submission, spread over who asks', async () => {
     const sequences = await Promise.all(['q1', 'q2', 'q3'].map((id) => gateway.submit(workItem(id))));
     expect(sequences).toEqual([sequences[0], sequences[0]! + 1, sequences[0]! + 2]);

@@ -17,8 +17,9 @@
  * 4. A consumer whose pullers hold as many messages as they may is in order.
  */
 import { LaminaError } from '@lamina/tensor';
-import { type Consumer, type ConsumerConfig, type JetStreamManager, type JsMsg, NatsError } from 'nats';
+import { type Consumer, type ConsumerConfig, type JsMsg, NatsError } from 'nats';
 import type { Bus } from './bus.ts';
+import { streamManager } from './stream-manager.ts';
 
 export interface DurableQueue {
   readonly stream: string;
@@ -78,13 +79,9 @@ export class DurablePull {
       return await consumers.get(stream, consumer.durable_name);
     } catch (cause) {
       if (!isConsumerMissing(cause)) throw cause;
-      await (await this.#manager()).consumers.add(stream, consumer);
+      await (await streamManager(this.#bus)).consumers.add(stream, consumer);
       return consumers.get(stream, consumer.durable_name);
     }
-  }
-
-  #manager(): Promise<JetStreamManager> {
-    return this.#bus.connection.jetstreamManager({ checkAPI: false });
   }
 
   async #tryToLook(wasInVain: boolean): Promise<void> {
@@ -101,7 +98,7 @@ export class DurablePull {
   /** @param wasInVain A pull has just waited and was given nothing. */
   async #look(wasInVain: boolean): Promise<void> {
     const { stream, consumer } = this.#queue;
-    const manager = await this.#manager();
+    const manager = await streamManager(this.#bus);
     // In this order: what is done by the first answer has, on a single server, left the stream by the second.
     const info = await manager.consumers.info(stream, consumer.durable_name);
     const { ack_floor, delivered, num_ack_pending, config, created } = info;

@@ -4,6 +4,7 @@
 import { LaminaError } from '@lamina/tensor';
 import { type MsgRequest, NatsError, type StoredMsg } from 'nats';
 import type { Bus } from './bus.ts';
+import { streamManager } from './stream-manager.ts';
 
 const NO_MESSAGE_ERROR_CODE = 10037;
 const STREAM_NOT_FOUND_ERROR_CODE = 10059;
@@ -26,7 +27,7 @@ export function messageAt(bus: Bus, stream: string, sequence: number): Promise<S
 
 async function storedMessage(bus: Bus, stream: string, query: MsgRequest): Promise<StoredMsg | undefined> {
   try {
-    const manager = await bus.connection.jetstreamManager();
+    const manager = await streamManager(bus);
     return await manager.streams.getMessage(stream, query);
   } catch (cause) {
     if (cause instanceof NatsError && cause.api_error?.err_code === NO_MESSAGE_ERROR_CODE) return undefined;
@@ -37,7 +38,7 @@ async function storedMessage(bus: Bus, stream: string, query: MsgRequest): Promi
 /** True when the server is sure that there is no such stream. */
 export async function isStreamMissing(bus: Bus, stream: string): Promise<boolean> {
   try {
-    const manager = await bus.connection.jetstreamManager();
+    const manager = await streamManager(bus);
     await manager.streams.info(stream);
     return false;
   } catch (cause) {

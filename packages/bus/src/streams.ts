@@ -21,6 +21,7 @@ import {
 } from 'nats';
 import type { Bus } from './bus.ts';
 import type { DurableQueue } from './durable-pull.ts';
+import { streamManager } from './stream-manager.ts';
 
 /** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
 export const ACK_WAIT_MS = 4_000;
@@ -121,7 +122,7 @@ async function ensureConsumer(manager: JetStreamManager, { stream, consumer }: D
  */
 export async function ensureStreams(bus: Bus): Promise<void> {
   try {
-    const manager = await bus.connection.jetstreamManager();
+    const manager = await streamManager(bus);
     await ensureStream(manager, PROMPTS_CONFIG);
     await ensureStream(manager, WORK_CONFIG);
     await ensureStream(manager, TOKENS_CONFIG);

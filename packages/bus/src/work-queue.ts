@@ -21,6 +21,7 @@ import { ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
 import { type Bus, tooLarge } from './bus.ts';
 import { DurablePull } from './durable-pull.ts';
 import { lastMessage } from './stored-message.ts';
+import { streamManager } from './stream-manager.ts';
 import { WORK_QUEUE } from './streams.ts';
 
 /** One work item that this process has taken on. */
@@ -101,7 +102,7 @@ export class WorkQueue {
    */
   async waiting(): Promise<number> {
     try {
-      const manager = await this.#bus.connection.jetstreamManager();
+      const manager = await streamManager(this.#bus);
       const { num_pending } = await manager.consumers.info(STREAMS.work.name, STREAMS.work.durableConsumer);
       if (num_pending === 0) return 0;
       // Old servers were seen to count consumers' pending messages wrongly after deletions; the stream's count is exact.
