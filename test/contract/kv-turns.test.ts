@@ -34,7 +34,7 @@ class Wire {
       },
     });
     this.addExecutor('e0');
-    const shard = { shardId: 's', budgetBytes: 1, kernel: 'k', fencedUpTo: 0 };
+    const shard = { shardId: 's', budgetBytes: 2 ** 40, kernel: 'k', fencedUpTo: 0 };
     this.manager.shardHeartbeat({ ...shard, numBlocks: null });
     this.manager.shardHeartbeat({ ...shard, numBlocks });
   }

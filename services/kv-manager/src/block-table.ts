@@ -3,36 +3,39 @@
  *
  * Invariants
  * 1. A block is free or in exactly one table: taking and giving back are checked, O(1), and allocate nothing.
- * 2. used + free = numBlocks, at every moment.
+ * 2. used + free = numBlocks, at every moment. Memory of a block that was never taken is never written, so what a pool has
+ *    resident follows what is used, not what a shard says that it has.
  * 3. A table's order is the order of its tokens: entry i holds tokens i * blockSizeTokens and following. Entries at the
  *    start may have been given back; the rest keep their numbers.
  */
 import type { BlockRef } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 
-/** The blocks of one shard: a stack of free ids, lowest on top at first. */
+/** The blocks of one shard: those that came back, the last first, then those that were never taken, the lowest first. */
 export class BlockPool {
   readonly shardId: string;
   readonly numBlocks: number;
-  readonly #free: Int32Array;
+  /** A stack of ids. */
+  readonly #returned: Int32Array;
   readonly #isUsed: Uint8Array;
-  #numFree: number;
+  #numReturned = 0;
+  /** Ids below were taken once. */
+  #numTouched = 0;
   #usedPeak = 0;
 
   constructor(shardId: string, numBlocks: number) {
     this.shardId = shardId;
     this.numBlocks = numBlocks;
-    this.#free = Int32Array.from({ length: numBlocks }, (_, i) => numBlocks - 1 - i);
+    this.#returned = new Int32Array(numBlocks);
     this.#isUsed = new Uint8Array(numBlocks);
-    this.#numFree = numBlocks;
   }
 
   get freeBlocks(): number {
-    return this.#numFree;
+    return this.numBlocks - this.#numTouched + this.#numReturned;
   }
 
   get usedBlocks(): number {
-    return this.numBlocks - this.#numFree;
+    return this.#numTouched - this.#numReturned;
   }
 
   get usedBlocksPeak(): number {
@@ -46,8 +49,8 @@ export class BlockPool {
 
   /** The caller has checked that one is free. */
   take(): number {
-    if (this.#numFree === 0) throw new LaminaError('internal', `shard ${this.shardId} has no free block`);
-    const block = this.#free[--this.#numFree]!;
+    if (this.freeBlocks === 0) throw new LaminaError('internal', `shard ${this.shardId} has no free block`);
+    const block = this.#numReturned > 0 ? this.#returned[--this.#numReturned]! : this.#numTouched++;
     this.#isUsed[block] = 1;
     if (this.usedBlocks > this.#usedPeak) this.#usedPeak = this.usedBlocks;
     return block;
@@ -57,7 +60,7 @@ export class BlockPool {
     if (this.#isUsed[block] !== 1)
       throw new LaminaError('internal', `block ${block} of shard ${this.shardId} is freed twice`);
     this.#isUsed[block] = 0;
-    this.#free[this.#numFree++] = block;
+    this.#returned[this.#numReturned++] = block;
   }
 }
 

@@ -17,7 +17,14 @@ import type {
   ShardHeartbeat,
   ShardHeartbeatReply,
 } from '@lamina/protocol';
-import { type AttentionSpec, type KvDtype, type KvLayout, LaminaError, sameAttentionSpec } from '@lamina/tensor';
+import {
+  type AttentionSpec,
+  blockBytes,
+  type KvDtype,
+  type KvLayout,
+  LaminaError,
+  sameAttentionSpec,
+} from '@lamina/tensor';
 import { BlockPool } from './block-table.ts';
 import { Capacity } from './capacity.ts';
 import { type Fence, Fences, nameOrigins } from './fences.ts';
@@ -255,8 +262,17 @@ export class KvManager {
       return;
     }
     const { layout } = this.#model;
-    if (layout === null || numBlocks * layout.blockSizeTokens > MAX_SLOTS)
-      throw new LaminaError('protocol_violation', `shard ${shardId} has ${numBlocks} blocks of no valid layout`);
+    if (layout === null)
+      throw new LaminaError('protocol_violation', `shard ${shardId} has ${numBlocks} blocks and was given no layout`);
+    const { blockSizeTokens } = layout;
+    const mostBySlots = Math.floor(MAX_SLOTS / blockSizeTokens);
+    const mostByBudget = Math.floor(shard.budgetBytes / blockBytes(layout));
+    if (numBlocks > Math.min(mostBySlots, mostByBudget))
+      throw new LaminaError(
+        'protocol_violation',
+        `shard ${shardId} says that it has ${numBlocks} blocks: its budget of ${shard.budgetBytes} bytes holds ` +
+          `${mostByBudget} of ${blockBytes(layout)} bytes, and slots of 32 bits name ${mostBySlots} of ${blockSizeTokens} tokens`,
+      );
     const pool = new BlockPool(shardId, numBlocks);
     shard.kernel = beat.kernel;
     shard.pool = pool;

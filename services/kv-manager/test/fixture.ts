@@ -45,9 +45,14 @@ export class Fixture {
   }
 
   /** One heartbeat; `numBlocks` null: the shard has no memory yet. `fencedUpTo`: by default what it confirmed last. */
-  shard(shardId: string, numBlocks: number | null, fencedUpTo = this.#fencedUpTo.get(shardId) ?? 0) {
+  shard(
+    shardId: string,
+    numBlocks: number | null,
+    fencedUpTo = this.#fencedUpTo.get(shardId) ?? 0,
+    budgetBytes = 2 ** 40,
+  ) {
     this.#fencedUpTo.set(shardId, fencedUpTo);
-    return this.manager.shardHeartbeat({ shardId, budgetBytes: 1024, kernel: 'portable', numBlocks, fencedUpTo });
+    return this.manager.shardHeartbeat({ shardId, budgetBytes, kernel: 'portable', numBlocks, fencedUpTo });
   }
 
   /** Both heartbeats of a shard that joins. */

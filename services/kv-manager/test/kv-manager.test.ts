@@ -381,6 +381,37 @@ test('a shard from an earlier kv-manager must come again under a new id', () => 
   expect(fixture.manager.status().shards).toEqual([]);
 });
 
+test('a shard cannot have more blocks than the budget that it named holds', () => {
+  const fixture = cluster();
+  // 6 layers x (k, v) x 2 kv heads x 32 x 2 bytes, 16 tokens.
+  const blockBytes = 6 * 2 * 2 * 32 * 2 * BLOCK;
+  const budgetBytes = 8 * blockBytes + blockBytes - 1;
+  fixture.shard('s1', null, 0, budgetBytes);
+  // What it says later of its budget does not count.
+  const { code, message } = refusal(() => fixture.shard('s1', 9, 0, 2 ** 50));
+  expect(code).toBe('protocol_violation');
+  expect(message).toContain(
+    `says that it has 9 blocks: its budget of ${budgetBytes} bytes holds 8 of ${blockBytes} bytes`,
+  );
+  expect(fixture.manager.status().shards).toMatchObject([{ numBlocks: 0 }]);
+  fixture.shard('s1', 8, 0, budgetBytes);
+  expect(fixture.manager.status().shards).toMatchObject([{ numBlocks: 8 }]);
+});
+
+test('a shard that lies about its budget too makes the kv-manager hold no memory for it', () => {
+  const fixture = cluster();
+  const numBlocks = 2 ** 27 - 1;
+  fixture.shard('s1', null, 0, 2 ** 50);
+  const before = process.memoryUsage.rss();
+  fixture.shard('s1', numBlocks, 0, 2 ** 50);
+  expect(process.memoryUsage.rss() - before).toBeLessThan(64e6);
+  expect(fixture.allocate('a', 2)).toEqual([
+    { shardId: 's1', block: 0 },
+    { shardId: 's1', block: 1 },
+  ]);
+  expect(fixture.manager.status().shards).toMatchObject([{ numBlocks, usedBlocks: 2 }]);
+});
+
 test('a shard cannot change its number of blocks, nor have more slots than the wire can name', () => {
   const fixture = cluster(8);
   expect(refusal(() => fixture.shard('s1', 9)).code).toBe('protocol_violation');
