@@ -3,40 +3,24 @@
  * NaN of one prompt. No process ends or grows, and a request that runs beside it gets its undisturbed answer.
  */
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { connect as connectSocket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { ensureStreams, TokenStream } from '@lamina/bus';
 import { readHealth } from '@lamina/cli';
-import {
-  decodeTokens,
-  ENDPOINTS,
-  EVENTS,
-  emptyFrameHeader,
-  encodeStepPlan,
-  FRAME_HEADER_BYTES,
-  FRAME_KIND,
-  type FrameHeader,
-  packMessage,
-  SERVICE_NAMES,
-  STREAMS,
-  SUBJECTS,
-  type TokenMessage,
-  writeFrameHeader,
-} from '@lamina/protocol';
+import { ENDPOINTS, SERVICE_NAMES, STREAMS, type TokenMessage } from '@lamina/protocol';
 import { ERROR_CODES } from '@lamina/tensor';
 import { writeRandomCheckpoint } from '@lamina/testkit';
 import { startNatsServer } from '@lamina/testkit/nats-server';
-import { connect, type NatsConnection } from 'nats';
+import { connect } from 'nats';
 import { afterEach, expect, test } from 'vitest';
 import { startTestCluster, type TestCluster, type TestClusterOptions } from '../cluster.ts';
-import { mutate, randomOf } from '../mutate.ts';
+import { flood, floodDurablePrompts, floodHttp, floodPrompts, HTTP_PROMPTS, HTTP_REQUESTS, seedsOf } from './flood.ts';
 
 const IS_LONG = process.env.LAMINA_FUZZ === 'long';
 const CASES = IS_LONG ? 10_000 : 200;
-const BATCH = 100;
-/** Prompts of the fuzzer that are open at a time. */
-const OPEN_PROMPTS = 32;
 const MAX_GROWTH_BYTES = 96e6;
+/** In which all durable prompts are answered when the flood is over. */
+const ANSWER_MS = IS_LONG ? 600_000 : 30_000;
 
 let tested: TestCluster | undefined;
 const cleanUp: (() => Promise<void> | void)[] = [];
@@ -53,167 +37,6 @@ async function start(options: TestClusterOptions): Promise<TestCluster> {
 }
 
 const textOf = (messages: readonly TokenMessage[]): string => messages.map(({ text }) => text).join('');
-
-function frame(header: Partial<FrameHeader>, body: Uint8Array): Uint8Array {
-  const bytes = new Uint8Array(FRAME_HEADER_BYTES + body.length);
-  bytes.set(body, FRAME_HEADER_BYTES);
-  writeFrameHeader(bytes, { ...emptyFrameHeader(), bodyBytes: body.length, originId: 77, stepId: 1, ...header });
-  return bytes;
-}
-
-const SPEC = { numLayers: 2, numHeads: 4, numKvHeads: 2, headDim: 32, scale: 0.25 };
-const PLAN = encodeStepPlan({
-  numQueryRows: 2,
-  numKvRows: 1,
-  segments: Int32Array.of(0, 1, 17, 0, 2, 1, 1, 0, 2, 1),
-  blocks: Int32Array.of(5, 0, 16, 9, 16, 2),
-  kvSlots: Int32Array.of(145),
-}).subarray(FRAME_HEADER_BYTES);
-const WORK = {
-  id: 'w',
-  model: 'm',
-  tokenIds: [1, 300],
-  maxTokens: 10,
-  sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 7 },
-  stop: [],
-  logprobs: null,
-  ignoreEos: false,
-  priority: 0,
-  deadlineAtMs: null,
-  encoding: 'json',
-  submittedAtMs: 1_700_000_000_000,
-};
-const TOKEN = { id: 'beside-0', index: 3, token: 5, text: 'x', finish_reason: null };
-
-/** A message that would be taken, for every subject that somebody listens to. */
-function seedsOf(
-  shardIds: readonly string[],
-  workerId: string,
-  statusIds: readonly string[],
-): [string, Uint8Array[]][] {
-  const bodies: Readonly<Record<keyof typeof ENDPOINTS, object>> = {
-    executorHeartbeat: { executorId: 'e1', modelId: 'm', spec: SPEC, originIds: [7] },
-    executorLeave: { executorId: 'e1' },
-    shardHeartbeat: { shardId: 's1', budgetBytes: 5, kernel: 'k', numBlocks: null, fencedUpTo: 0 },
-    shardLeave: { shardId: 's1' },
-    suspectShard: { shardId: 's1' },
-    allocate: { requestId: 'a', executorId: 'e1', numTokens: 5, maxTokens: 9, deliveryCount: 1 },
-    extend: { requestId: 'a', executorId: 'e1', numBlocks: 1, numTokens: 5 },
-    trim: { requestId: 'a', executorId: 'e1', numFreedBlocks: 1 },
-    free: { requestId: 'a', executorId: 'e1' },
-    kvStatus: {},
-  };
-  const endpoints = Object.entries(ENDPOINTS).map(([name, { subject }]): [string, Uint8Array[]] => {
-    const body = Object.entries(bodies).find(([key]) => key === name)?.[1];
-    return [subject, [packMessage(body)]];
-  });
-  const tensors = [
-    frame({ kind: FRAME_KIND.plan }, PLAN),
-    frame({ kind: FRAME_KIND.attend }, new Uint8Array(64)),
-    frame({ kind: FRAME_KIND.partial, layer: 1 }, new Uint8Array(64)),
-    frame({ kind: FRAME_KIND.failure }, packMessage({ code: 'internal', message: 'm' })),
-  ];
-  return [
-    ...endpoints,
-    [EVENTS.shardLost.subject, [packMessage({ shardId: 's1' })]],
-    [EVENTS.capacityFreed.subject, [packMessage({ freeBlocks: 5 })]],
-    [SUBJECTS.metrics, [packMessage({})]],
-    ...statusIds.map((id): [string, Uint8Array[]] => [SUBJECTS.status(id), [packMessage({})]]),
-    [SUBJECTS.cancel('w'), [packMessage({})]],
-    [SUBJECTS.cancel('*'), [packMessage({})]],
-    [SUBJECTS.work('w'), [packMessage(WORK)]],
-    [SUBJECTS.tokens('nobody'), [packMessage(TOKEN), Buffer.from(JSON.stringify(TOKEN))]],
-    ...shardIds.map((id): [string, Uint8Array[]] => [SUBJECTS.shardTensors(id), tensors]),
-    [SUBJECTS.workerTensors(workerId, 0, 0), tensors],
-    [SUBJECTS.workerTensors(workerId, 'x', 99), tensors],
-  ];
-}
-
-/** A stream confirms there what it takes, whatever the subject; a service must refuse to answer there. */
-const REPLIES = [
-  '_INBOX.nobody',
-  SUBJECTS.work('w'),
-  SUBJECTS.tokens('w'),
-  SUBJECTS.prompts,
-  SUBJECTS.cancel('w'),
-  SUBJECTS.metrics,
-  ENDPOINTS.free.subject,
-  EVENTS.shardLost.subject,
-  ...Object.values(STREAMS).flatMap(({ name }) => [
-    `$JS.API.STREAM.PURGE.${name}`,
-    `$JS.API.STREAM.MSG.DELETE.${name}`,
-    `$JS.API.STREAM.UPDATE.${name}`,
-    `$JS.API.STREAM.DELETE.${name}`,
-  ]),
-  '$JS.API.CONSUMER.DELETE.LAMINA_WORK.dense-executors',
-  '$JS.API.CONSUMER.MSG.NEXT.LAMINA_WORK.dense-executors',
-];
-
-async function flood(
-  nats: NatsConnection,
-  subject: string,
-  seeds: readonly Uint8Array[],
-  cases: number,
-): Promise<void> {
-  const random = randomOf(subject.length);
-  for (let done = 0; done < cases; done++) {
-    nats.publish(subject, mutate(seeds, random), { reply: REPLIES[done % REPLIES.length]! });
-    if (done % BATCH === BATCH - 1) await nats.flush();
-  }
-  await nats.flush();
-}
-
-/** Mutated prompts; those that are taken are cancelled after some tokens. */
-async function floodPrompts(nats: NatsConnection, cases: number): Promise<void> {
-  const request = { id: 'fuzz', prompt: 'Once upon a time', max_tokens: 5, temperature: 0.5, stop: ['x'], logprobs: 3 };
-  const seeds = [Buffer.from(JSON.stringify(request)), packMessage({ ...request, id: 'f2' }), Buffer.from('Once upon')];
-  const random = randomOf(7);
-  const ask = async (): Promise<void> => {
-    for await (const reply of await nats.requestMany(SUBJECTS.generate, mutate(seeds, random), { maxWait: 60_000 })) {
-      const [first] = decodeTokens(reply.data);
-      if (reply.headers?.get('Lamina-Final') === 'true') return;
-      if (first !== undefined) nats.publish(SUBJECTS.cancel(first.id));
-    }
-    throw new Error('a prompt got no last message');
-  };
-  let left = cases;
-  const worker = async (): Promise<void> => {
-    while (left-- > 0) await ask();
-  };
-  await Promise.all(Array.from({ length: OPEN_PROMPTS }, worker));
-}
-
-async function floodHttp(port: number, cases: number): Promise<void> {
-  const body = JSON.stringify({ model: 'm', prompt: 'x' });
-  const seeds = [
-    'GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n',
-    'GET /metrics?x=%2e HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n',
-    `POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: ${body.length}\r\n\r\n${body}`,
-    'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n',
-  ].map((text) => Buffer.from(text));
-  const random = randomOf(80);
-  const send = (): Promise<void> =>
-    new Promise((resolve) => {
-      const socket = connectSocket(port, '127.0.0.1');
-      const end = (): void => {
-        socket.destroy();
-        resolve();
-      };
-      // A request that is not complete is waited for by the server; we do not.
-      socket.setTimeout(200, end);
-      socket
-        .on('error', end)
-        .on('close', end)
-        .on('data', () => undefined);
-      socket.end(mutate(seeds, random));
-    });
-  let left = cases;
-  await Promise.all(
-    Array.from({ length: 16 }, async () => {
-      while (left-- > 0) await send();
-    }),
-  );
-}
 
 function residentBytes(pid: number | undefined): number {
   const status = readFileSync(`/proc/${pid}/status`, 'utf8');
@@ -237,19 +60,24 @@ test(
 
     const executor = (await cluster.bus.serviceStats(SERVICE_NAMES['dense-executor'], 500))[0]!;
     const { shards } = await cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 2_000 });
-    const statusIds = [executor.id];
-    const seeds = seedsOf(
-      shards.map(({ shardId }) => shardId),
-      `${executor.metadata.instance}-0`,
-      statusIds,
+    const announced = await Promise.all(
+      Object.values(SERVICE_NAMES).map((name) => cluster.bus.serviceStats(name, 500)),
     );
+    const seeds = seedsOf({
+      shardIds: shards.map(({ shardId }) => shardId),
+      workerId: `${executor.metadata.instance}-0`,
+      statusIds: announced.flat().map(({ id }) => id),
+    });
+    const httpPort = Number(new URL(cluster.httpUrl).port);
+    const durableIds = new Set<string>();
     const services = (['gateway', 'kv-manager', 'dense-executor', 'attention-shard'] as const).flatMap((kind) =>
       cluster.processes(kind).map((child) => ({ kind, pid: child.pid })),
     );
     const round = async (cases: number): Promise<void> => {
       for (const [subject, messages] of seeds) await flood(nats, subject, messages, cases);
       await floodPrompts(nats, Math.ceil(cases / 2));
-      await floodHttp(Number(new URL(cluster.httpUrl).port), cases);
+      for (const id of await floodDurablePrompts(nats, cases)) durableIds.add(id);
+      for (const texts of [HTTP_PROMPTS, HTTP_REQUESTS]) await floodHttp(httpPort, texts, cases);
     };
 
     let isDone = false;
@@ -281,6 +109,7 @@ test(
       `${texts.length} answers, ${numRefused} refused`,
     );
     expect(grown.filter(({ bytes }) => bytes > MAX_GROWTH_BYTES)).toEqual([]);
+    await expectAnswers(cluster.bus, durableIds);
     // What was refused was counted, and the cluster is as well as before.
     const metrics = await (await fetch(`${cluster.httpUrl}/metrics`)).text();
     expect(metrics).toMatch(/lamina_bus_errors_total\{[^}]*code="protocol_violation"[^}]*\} [1-9]/);
@@ -289,6 +118,21 @@ test(
   },
   IS_LONG ? 3_600_000 : 120_000,
 );
+
+/** Every durable prompt that the server took has a whole answer, whatever it is, and none is left in the stream. */
+async function expectAnswers(bus: TestCluster['cluster']['bus'], ids: ReadonlySet<string>): Promise<void> {
+  await ensureStreams(bus);
+  const tokens = new TokenStream(bus, () => undefined);
+  expect(ids.size).toBeGreaterThan(CASES / 10);
+  const unanswered = new Set(ids);
+  for (const untilMs = performance.now() + ANSWER_MS; unanswered.size > 0 && performance.now() < untilMs; ) {
+    for (const id of unanswered) if ((await tokens.endOf(id))?.isComplete === true) unanswered.delete(id);
+    if (unanswered.size > 0) await new Promise((resolve) => setTimeout(resolve, 500));
+  }
+  expect([...unanswered]).toEqual([]);
+  const manager = await bus.connection.jetstreamManager();
+  expect((await manager.streams.info(STREAMS.prompts.name)).state.messages).toBe(0);
+}
 
 /**
  * Makes the keys of one token infinite, and so its attention NaN: its embedding alone has something in a dimension that the

@@ -12,6 +12,7 @@ export { type BusOptions, type NatsAccess, redactUrl } from './connection.ts';
 export { takeLinkCpuSeconds } from './native-socket.ts';
 export { openTensorLink, TENSOR_LINK_KINDS, type TensorLinkKind } from './open-tensor-link.ts';
 export { type DurablePrompt, type PromptAside, PromptQueue } from './prompt-queue.ts';
+export { isForbiddenReply } from './reply-guard.ts';
 export { ACK_WAIT_MS, ensureStreams } from './streams.ts';
 export type { HeldMemory, LinkMessage, TensorLink } from './tensor-link.ts';
 export { type StoredAnswer, type StoredEnd, TokenStream } from './token-stream.ts';

@@ -6,7 +6,7 @@
  * 2. What was addressed to a former life reaches nobody: every life has its own id and so its own subject.
  */
 import { createKernel } from '@lamina/attention-kernel';
-import type { TensorLink } from '@lamina/bus';
+import { isForbiddenReply, type TensorLink } from '@lamina/bus';
 import { SUBJECTS } from '@lamina/protocol';
 import type { ServiceContext } from '@lamina/runtime';
 import { blockBytes, type KvLayout, LaminaError } from '@lamina/tensor';
@@ -53,7 +53,7 @@ export class Incarnation {
       frames?.handler,
     );
     const probes = link.subscribe(SUBJECTS.shardProbe(shardId), ({ reply }) => {
-      if (reply !== undefined) link.publish(reply, new Uint8Array());
+      if (reply !== undefined && !isForbiddenReply(reply)) link.publish(reply, new Uint8Array());
     });
     this.#stopListening = () => {
       tensors.unsubscribe();

@@ -13,7 +13,7 @@
  * 6. When `fence` has returned true, nothing of those origins is written to KV any more.
  */
 import type { AttentionKernel, LayerFrames } from '@lamina/attention-kernel';
-import type { LinkMessage, TensorLink } from '@lamina/bus';
+import { isForbiddenReply, type LinkMessage, type TensorLink } from '@lamina/bus';
 import {
   decodeStepPlan,
   emptyFrameHeader,
@@ -23,6 +23,7 @@ import {
   type FrameHeader,
   packMessage,
   readFrameHeader,
+  SUBJECTS,
   splitFrame,
   writeFrameHeader,
 } from '@lamina/protocol';
@@ -83,17 +84,17 @@ export class TensorPlane {
     try {
       readFrameHeader(data, header);
     } catch (cause) {
-      this.#refuseUnread(header, message.reply, cause);
+      this.#refuseUnread(header, replyOf(message), cause);
       return;
     }
     const step = this.#origins.find(header.originId, header.waveIndex);
     try {
       if (this.#isClosing) throw new LaminaError('unavailable', 'this shard gives its memory up');
       if (header.kind === FRAME_KIND.attend) this.#attend(message, data, header, step);
-      else if (header.kind === FRAME_KIND.plan) this.#plan(data, header, message.reply);
+      else if (header.kind === FRAME_KIND.plan) this.#plan(data, header, replyOf(message));
       else throw new LaminaError('protocol_violation', `a shard takes plans and layers, not kind ${header.kind}`);
     } catch (cause) {
-      this.#refuse(header, step?.replySubject ?? message.reply, cause);
+      this.#refuse(header, step?.replySubject ?? replyOf(message), cause);
     }
   }
 
@@ -128,6 +129,11 @@ export class TensorPlane {
       if (step.layerInFlight === layer) return;
       throw new LaminaError('protocol_violation', `layer ${layer} came while layer ${step.layerInFlight} is in flight`);
     }
+    if (header.shardIndex !== step.header.shardIndex)
+      throw new LaminaError(
+        'protocol_violation',
+        `layer ${layer} is for shard ${header.shardIndex} of its step, not this one`,
+      );
     if (header.bodyBytes !== step.attendBytes)
       throw new LaminaError(
         'protocol_violation',
@@ -199,7 +205,10 @@ export class TensorPlane {
 
   #plan(frame: Uint8Array, header: FrameHeader, reply: string | undefined): void {
     if (reply === undefined)
-      throw new LaminaError('protocol_violation', 'a plan must name the subject for its partial outputs as its reply');
+      throw new LaminaError(
+        'protocol_violation',
+        'a plan must name the inbox of a worker for its partial outputs as its reply',
+      );
     if (header.bodyBytes > MAX_PLAN_BYTES)
       throw new LaminaError(
         'protocol_violation',
@@ -272,6 +281,13 @@ export class TensorPlane {
     writeFrameHeader(message, failure);
     this.#send(replySubject, message, failure);
   }
+}
+
+const WORKER_SUBJECTS = SUBJECTS.workerTensors('', '', '').replace(/\.+$/, '.');
+
+/** Where a message may be answered: whoever sends it must not have this process publish where only services do. */
+function replyOf({ reply }: PlaneMessage): string | undefined {
+  return isForbiddenReply(reply) && reply?.startsWith(WORKER_SUBJECTS) !== true ? undefined : reply;
 }
 
 function unknownStep(header: FrameHeader, step: WaveStep | undefined): LaminaError {

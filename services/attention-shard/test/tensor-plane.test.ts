@@ -9,6 +9,7 @@ import {
   type FrameHeader,
   readFrameHeader,
   type StepPlan,
+  SUBJECTS,
   unpackMessage,
   writeFrameHeader,
 } from '@lamina/protocol';
@@ -199,7 +200,7 @@ test('the answer of a step that was replaced is not sent', () => {
 test('a kernel error is answered as a failure of its layer', () => {
   const { kernel, sent, stats, sendPlan, sendLayer } = setUp();
   sendPlan({ waveIndex: 3, shardIndex: 2 });
-  sendLayer(1, { waveIndex: 3 });
+  sendLayer(1, { waveIndex: 3, shardIndex: 2 });
   kernel.attends[0]!.done(new LaminaError('internal', 'out of luck'));
   expect(sent[0]!.header).toMatchObject({ kind: FRAME_KIND.failure, layer: 1, waveIndex: 3, shardIndex: 2 });
   expect(unpackMessage(sent[0]!.data.subarray(FRAME_HEADER_BYTES))).toEqual({
@@ -207,7 +208,7 @@ test('a kernel error is answered as a failure of its layer', () => {
     message: 'out of luck',
   });
   expect(stats.failures).toBe(1);
-  sendLayer(1, { waveIndex: 3 });
+  sendLayer(1, { waveIndex: 3, shardIndex: 2 });
   expect(kernel.attends).toHaveLength(2);
 });
 
@@ -224,6 +225,27 @@ test('a duplicate in flight is ignored; another layer in flight, an answer, and 
   expect(sent[1]!.header.kind).toBe(FRAME_KIND.failure);
   receive(encodeStepPlan(PLAN));
   expect(stats.failures).toBe(3);
+});
+
+test('a layer of another shard of the step is refused, though its size fits', () => {
+  const { kernel, sent, sendPlan, sendLayer } = setUp();
+  sendPlan({ shardIndex: 1 });
+  sendLayer(0, { shardIndex: 0 });
+  expect(kernel.attends).toEqual([]);
+  expect(sent).toMatchObject([{ subject: 'worker', header: { kind: FRAME_KIND.failure, shardIndex: 0 } }]);
+  sendLayer(0, { shardIndex: 1 });
+  expect(kernel.attends).toHaveLength(1);
+});
+
+test('nothing is answered where only services publish, save to a worker', () => {
+  const { kernel, sent, stats, receive, sendPlan } = setUp();
+  for (const reply of ['$JS.API.STREAM.PURGE.LAMINA_WORK', SUBJECTS.work('w'), SUBJECTS.shardTensors('s')]) {
+    sendPlan({}, reply);
+    receive(new Uint8Array(5), reply);
+  }
+  expect([kernel.open.size, sent, stats.failures]).toEqual([0, [], 6]);
+  sendPlan({}, SUBJECTS.workerTensors('w', 0, 0));
+  expect(kernel.open.size).toBe(1);
 });
 
 test('origins are bounded: the one without a plan for longest makes room', () => {
