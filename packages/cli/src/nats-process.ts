@@ -34,7 +34,8 @@ function configurationOf(port: number, directory: string, usersFile: string): st
     `include ${JSON.stringify(relative(directory, usersFile))}`,
     `ports_file_dir: ${JSON.stringify(join(directory, 'ports'))}`,
     'max_payload: 8MB',
-    'max_pending: 128MB',
+    // Why so much: deploy/nats.conf.
+    'max_pending: 32MB',
     'write_deadline: "10s"',
     'jetstream {',
     `  store_dir: ${JSON.stringify(join(directory, 'streams'))}`,
