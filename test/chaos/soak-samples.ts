@@ -28,6 +28,12 @@ const NATS_SERVER = 'nats-server';
 const LATE_WARM_UP_MS = 30_000;
 /** One sample is no judgement. */
 const MIN_SAMPLES = 3;
+/**
+ * What nats-server may have resident: itself, its connections and a quarter of what it stores. It keeps an index of its messages and
+ * blocks that were written or read a short time ago, not the messages. With all streams full, 1.5 GiB, that is 480 MiB.
+ */
+const SERVER_BASE_MIB = 96;
+const SERVER_SHARE_OF_STORE = 1 / 4;
 const DELAY_LINE = /^lamina_event_loop_delay_seconds\{(.*)\} (\S+)$/gm;
 
 interface Sample {
@@ -48,8 +54,15 @@ export interface ProcessRow {
   /** After full collections, with the time between the first and the last of them; undefined when there were too few. */
   readonly held: Held | undefined;
   readonly numFiles: { readonly first: number; readonly last: number };
-  /** Of the windows between two samples, each with its p99. */
-  readonly loopDelayMs: { readonly median: number; readonly worst: number } | undefined;
+  /** p99 of each window between two samples, ascending. */
+  readonly loopDelaysMs: readonly number[];
+}
+
+/** nats-server when it had most memory compared with what it may have. */
+export interface ServerMemory {
+  readonly residentMiB: number;
+  readonly storeMiB: number;
+  readonly allowedMiB: number;
 }
 
 export interface Held {
@@ -65,6 +78,7 @@ export class Samples {
   readonly #startedMs = performance.now();
   readonly #byPid = new Map<number, { readonly name: string; readonly samples: Sample[] }>();
   readonly #storeBytes: number[] = [];
+  #server: ServerMemory | undefined;
   #numTaken = 0;
 
   constructor(tested: ChaosCluster) {
@@ -88,9 +102,23 @@ export class Samples {
       const followed = this.#byPid.get(pid) ?? { name, samples: [] };
       this.#byPid.set(pid, followed);
       followed.samples.push({ atMs, ...measured, heldBytes: undefined, loopDelayMs: delays.get(pid) });
+      if (name === NATS_SERVER) this.#noteServer(measured.residentBytes);
     }
     if (++this.#numTaken % COLLECT_EVERY === 0) await this.#collect();
-    this.#storeBytes.push(bytesUnder(this.#tested.storeDir));
+  }
+
+  #noteServer(residentBytes: number): void {
+    const storeBytes = bytesUnder(this.#tested.storeDir);
+    this.#storeBytes.push(storeBytes);
+    const [residentMiB, storeMiB] = [mebibytes(residentBytes), mebibytes(storeBytes)];
+    const allowedMiB = SERVER_BASE_MIB + storeMiB * SERVER_SHARE_OF_STORE;
+    const former = this.#server;
+    if (former === undefined || residentMiB - allowedMiB > former.residentMiB - former.allowedMiB)
+      this.#server = { residentMiB, storeMiB, allowedMiB };
+  }
+
+  get server(): ServerMemory | undefined {
+    return this.#server;
   }
 
   /** Lets every process collect its heaps, and notes in its last sample what is resident then. */
@@ -138,8 +166,7 @@ export class Samples {
           residentMiB: { first: mebibytes(first.residentBytes), last: mebibytes(last.residentBytes) },
           held: heldOf(counted),
           numFiles: { first: first.numFiles, last: last.numFiles },
-          loopDelayMs:
-            delays.length === 0 ? undefined : { median: delays[Math.floor(delays.length / 2)]!, worst: delays.at(-1)! },
+          loopDelaysMs: delays,
         },
       ];
     });

@@ -30,11 +30,16 @@ const MAX_GROWTH_PERCENT = 5;
 /** Connections that are open at a moment differ from those at another. */
 const MAX_MORE_FILES = 24;
 const MAX_LOOP_DELAY_MS = 50;
+/** Of the windows of a service, all of its processes together, in which the p99 of the delay must be below that. */
+const MIN_SHARE_IN_TIME = 0.99;
 /** Each stream is limited to 512 MiB; files of the server have a little more than their messages. */
 const MAX_STORE_MIB = Object.keys(STREAMS).length * 512 * 1.25;
 
 /** Half of the replicas; the first of each service lives through the run. */
 const VICTIMS: readonly Service[] = ['gateway', 'dense-executor', 'attention-shard'];
+/** There is one, which is killed first, and may be killed again in this part of the run, so that the last one lives long enough for its memory to be judged. */
+const MANAGER: Service = 'kv-manager';
+const MANAGER_KILLS_MS = 0.4 * DURATION_MS;
 
 const requests = makeRequests(40, new Random(seed));
 let expected: Answers;
@@ -78,16 +83,19 @@ test(
     const firsts = new Map(VICTIMS.map((service) => [service, cluster.processes(service)[0]]));
     const samples = new Samples(tested);
     await cluster.add('gateway');
-    const deadlineMs = performance.now() + DURATION_MS;
+    const startedMs = performance.now();
+    const deadlineMs = startedMs + DURATION_MS;
     const isOver = (): boolean => performance.now() > deadlineMs;
     const noise = new Noise(cluster.bus, cluster.httpUrl);
-    let numKills = 0;
+    const numKills: Partial<Record<Service, number>> = {};
     const kill = async (): Promise<void> => {
-      const service = random.pick(VICTIMS);
+      const mayBeManager = performance.now() - startedMs < MANAGER_KILLS_MS;
+      const isFirst = Object.keys(numKills).length === 0;
+      const service = isFirst ? MANAGER : random.pick(mayBeManager ? [...VICTIMS, MANAGER] : VICTIMS);
       const others = cluster.processes(service).filter((child) => child.isRunning && child !== firsts.get(service));
       if (service === 'gateway') noise.noteGatewayKill();
       random.pick(others).kill('SIGKILL');
-      numKills++;
+      numKills[service] = 1 + (numKills[service] ?? 0);
       await sleep(random.between(0, 800));
       await cluster.add(service);
     };
@@ -98,19 +106,31 @@ test(
       ...Array.from({ length: NUM_NOISY_CLIENTS }, (_, client) => noise.run(new Random(seed + 10 + client), isOver)),
     ]);
     const processes = samples.rows(WARM_UP_MS);
-    const { storeMiB } = samples;
+    const { storeMiB, server } = samples;
     const done = Object.fromEntries(noise.numDone);
     const { mistakes, numCutOff } = noise;
-    const result = { seed, minutes, numKills, ...outcome, noise: done, numCutOff, mistakes, storeMiB, processes };
+    const result = {
+      seed,
+      minutes,
+      numKills,
+      ...outcome,
+      noise: done,
+      numCutOff,
+      mistakes,
+      storeMiB,
+      server,
+      processes,
+    };
     if (LAMINA_SOAK_JSON !== undefined) writeFileSync(LAMINA_SOAK_JSON, `${JSON.stringify(result, null, 2)}\n`);
     const { lost, doubled, wrong } = outcome;
     console.log(
-      `${numKills} kills, ${outcome.requests} durable requests: lost ${lost}, doubled ${doubled}, wrong ${wrong}\n` +
-        `others: ${JSON.stringify(done)}, ${noise.numCutOff} cut off with their gateway and asked again\nJetStream store: ${storeMiB.first} to ${storeMiB.last} MiB\n${tableOf(processes)}`,
+      `kills: ${JSON.stringify(numKills)}; ${outcome.requests} durable requests: lost ${lost}, doubled ${doubled}, wrong ${wrong}\n` +
+        `others: ${JSON.stringify(done)}, ${noise.numCutOff} cut off with their gateway and asked again\nJetStream store: ${storeMiB.first} to ${storeMiB.last} MiB; nats-server at its largest ${server?.residentMiB} MiB resident with ${server?.storeMiB} MiB stored\n${tableOf(processes)}`,
     );
     expect({ lost, doubled, wrong }).toEqual({ lost: 0, doubled: 0, wrong: 0 });
     expect(mistakes).toEqual([]);
     expect(storeMiB.last).toBeLessThan(MAX_STORE_MIB);
+    expect(server?.residentMiB).toBeLessThan(server!.allowedMiB);
     await expectNothingWaits();
     expect(problemsOf(processes)).toEqual([]);
   },
@@ -137,22 +157,41 @@ function problemsOf(processes: readonly ProcessRow[]): string[] {
   if (!isJudged) console.log(`memory is judged over ${MIN_JUDGED_MS / 60_000} min of collections; no process has them`);
   const mustBeJudged = DURATION_MS - WARM_UP_MS > MIN_JUDGED_MS + 60_000;
   const unjudged = mustBeJudged && !isJudged ? ['no process collected its heaps: `npm run soak` starts them so'] : [];
-  const found = processes.flatMap(({ name, held, numFiles, loopDelayMs }) => {
+  const found = processes.flatMap(({ name, held, numFiles }) => {
     const problems: string[] = [];
     if (isLongEnough(held) && held.growthPercent > MAX_GROWTH_PERCENT)
       problems.push(`${name} grew by ${held.growthPercent.toFixed(1)} %`);
     if (numFiles.last - numFiles.first > MAX_MORE_FILES) problems.push(`${name} has ${numFiles.last} files open`);
-    if (loopDelayMs !== undefined && loopDelayMs.median >= MAX_LOOP_DELAY_MS)
-      problems.push(`${name}: event-loop delay p99 is ${loopDelayMs.median.toFixed(0)} ms`);
     return problems;
   });
-  return [...unjudged, ...found];
+  return [...unjudged, ...found, ...lateLoops(processes)];
+}
+
+/** A killed process and the one in its place count together. */
+function lateLoops(processes: readonly ProcessRow[]): string[] {
+  return ['gateway', 'kv-manager', 'dense-executor', 'attention-shard'].flatMap((service) => {
+    const windows = processes
+      .filter(({ name }) => name.startsWith(service))
+      .flatMap(({ loopDelaysMs }) => loopDelaysMs);
+    const numLate = windows.filter((delayMs) => delayMs >= MAX_LOOP_DELAY_MS).length;
+    console.log(
+      `${service}: event-loop delay p99 under ${MAX_LOOP_DELAY_MS} ms in all but ${numLate} of ${windows.length} windows`,
+    );
+    if (windows.length > 0 && numLate <= (1 - MIN_SHARE_IN_TIME) * windows.length) return [];
+    return [
+      `${service}: event-loop delay p99 was ${MAX_LOOP_DELAY_MS} ms or more in ${numLate} of ${windows.length} windows`,
+    ];
+  });
 }
 
 function tableOf(processes: readonly ProcessRow[]): string {
-  const rows = processes.map(({ name, numSamples, residentMiB, held, numFiles, loopDelayMs }) => {
+  const rows = processes.map(({ name, numSamples, residentMiB, held, numFiles, loopDelaysMs }) => {
     const delays =
-      loopDelayMs === undefined ? '-' : `${loopDelayMs.median.toFixed(1)} / ${loopDelayMs.worst.toFixed(1)}`;
+      loopDelaysMs.length === 0
+        ? '-'
+        : [loopDelaysMs[Math.floor(loopDelaysMs.length / 2)]!, loopDelaysMs.at(-1)!]
+            .map((delayMs) => delayMs.toFixed(1))
+            .join(' / ');
     const memory = `${residentMiB.first} to ${residentMiB.last}`;
     const collected = held === undefined ? '-' : `${held.firstMiB} to ${held.lastMiB}`;
     const growth = held === undefined ? '-' : held.growthPercent.toFixed(1);
