@@ -34,7 +34,7 @@ const MIN_SAMPLES = 3;
  */
 const SERVER_BASE_MIB = 96;
 const SERVER_SHARE_OF_STORE = 1 / 4;
-const DELAY_LINE = /^lamina_event_loop_delay_seconds\{(.*)\} (\S+)$/gm;
+const LOOP_LINE = /^lamina_event_loop_(delay_seconds|samples_total|late_samples_total)\{(.*)\} (\S+)$/gm;
 
 interface Sample {
   readonly atMs: number;
@@ -42,8 +42,17 @@ interface Sample {
   /** Resident after a full collection; undefined where none was asked for. */
   heldBytes: number | undefined;
   readonly numFiles: number;
-  /** p99 since the sample before; undefined for nats-server, and where the scrape got no answer. */
-  readonly loopDelayMs: number | undefined;
+  /** Undefined for nats-server, and where the scrape got no answer. */
+  readonly loop: LoopSample | undefined;
+}
+
+/** Of the event loop. */
+interface LoopSample {
+  /** p99 since the sample before. */
+  delayMs: number;
+  /** Since the process started: how often the delay was sampled, and how often it was over 50 ms. */
+  numSamples: number;
+  numLate: number;
 }
 
 /** What the samples after the warm-up say of one process. */
@@ -56,6 +65,8 @@ export interface ProcessRow {
   readonly numFiles: { readonly first: number; readonly last: number };
   /** p99 of each window between two samples, ascending. */
   readonly loopDelaysMs: readonly number[];
+  /** Samples of the event-loop delay after the first that counts, and those over 50 ms. */
+  readonly loop: { readonly numSamples: number; readonly numLate: number };
 }
 
 /** nats-server when it had most memory compared with what it may have. */
@@ -94,14 +105,14 @@ export class Samples {
   }
 
   async take(): Promise<void> {
-    const delays = await this.#loopDelays();
+    const loops = await this.#loops();
     const atMs = performance.now() - this.#startedMs;
     for (const [pid, name] of this.#running()) {
       const measured = measure(pid);
       if (measured === undefined) continue;
       const followed = this.#byPid.get(pid) ?? { name, samples: [] };
       this.#byPid.set(pid, followed);
-      followed.samples.push({ atMs, ...measured, heldBytes: undefined, loopDelayMs: delays.get(pid) });
+      followed.samples.push({ atMs, ...measured, heldBytes: undefined, loop: loops.get(pid) });
       if (name === NATS_SERVER) this.#noteServer(measured.residentBytes);
     }
     if (++this.#numTaken % COLLECT_EVERY === 0) await this.#collect();
@@ -131,21 +142,26 @@ export class Samples {
     }
   }
 
-  /** p99 in ms by process id, as the gateway that lives through the run shows it to Prometheus. */
-  async #loopDelays(): Promise<ReadonlyMap<number, number>> {
+  /** By process id, as the gateway that lives through the run shows it to Prometheus. */
+  async #loops(): Promise<ReadonlyMap<number, LoopSample>> {
     const { bus, httpUrl } = this.#tested.cluster;
-    const delays = new Map<number, number>();
+    const loops = new Map<number, LoopSample>();
     const [reply, ...stats] = await Promise.all([
       fetch(`${httpUrl}/metrics`, { signal: AbortSignal.timeout(SCRAPE_TIMEOUT_MS) }),
       ...SERVICES.map((service) => bus.serviceStats(SERVICE_NAMES[service], 500)),
     ]);
     const pids = new Map(stats.flat().map(({ metadata }) => [metadata.instance, Number(metadata.pid)]));
-    for (const [, labels = '', value] of (await reply.text()).matchAll(DELAY_LINE)) {
+    for (const [, what, labels = '', value] of (await reply.text()).matchAll(LOOP_LINE)) {
       const instance = /instance="([^"]*)"/.exec(labels)?.[1];
       const pid = pids.get(instance);
-      if (pid !== undefined && labels.includes('quantile="0.99"')) delays.set(pid, Number(value) * 1_000);
+      if (pid === undefined) continue;
+      const loop = loops.get(pid) ?? { delayMs: 0, numSamples: 0, numLate: 0 };
+      loops.set(pid, loop);
+      if (what === 'samples_total') loop.numSamples = Number(value);
+      else if (what === 'late_samples_total') loop.numLate = Number(value);
+      else if (labels.includes('quantile="0.99"')) loop.delayMs = Number(value) * 1_000;
     }
-    return delays;
+    return loops;
   }
 
   /** In the order of their start; without those that ended before they had samples that count. */
@@ -157,8 +173,9 @@ export class Samples {
       const counted = samples.filter(({ atMs }) => atMs >= fromMs);
       const [first, last] = [counted[0], counted.at(-1)];
       if (first === undefined || last === undefined || counted.length < MIN_SAMPLES) return [];
-      const delays = counted.flatMap(({ loopDelayMs }) => (loopDelayMs === undefined ? [] : [loopDelayMs]));
-      delays.sort((a, b) => a - b);
+      const loops = counted.flatMap(({ loop }) => (loop === undefined ? [] : [loop]));
+      const [firstLoop, lastLoop] = [loops[0], loops.at(-1)];
+      const since = (key: 'numSamples' | 'numLate'): number => (lastLoop?.[key] ?? 0) - (firstLoop?.[key] ?? 0);
       return [
         {
           name,
@@ -166,7 +183,8 @@ export class Samples {
           residentMiB: { first: mebibytes(first.residentBytes), last: mebibytes(last.residentBytes) },
           held: heldOf(counted),
           numFiles: { first: first.numFiles, last: last.numFiles },
-          loopDelaysMs: delays,
+          loopDelaysMs: loops.map(({ delayMs }) => delayMs).sort((a, b) => a - b),
+          loop: { numSamples: since('numSamples'), numLate: since('numLate') },
         },
       ];
     });

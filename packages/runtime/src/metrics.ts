@@ -5,6 +5,7 @@
  * 1. Every series has the labels service and instance, so joining registries never mixes processes.
  * 2. An answer that is none is left out; the others are still shown.
  * 3. The event-loop delay is that since the last scrape: a stall at start-up is not shown for ever.
+ *    Counters of samples and of late ones say the same of any longer time.
  * 4. The event-loop delay is sampled densely while the process works, and once in WORK_CHECK_MS while it idles: the first
  *    stall after idle time may be seen in part, or not at all. The idle time itself is no delay.
  */
@@ -35,6 +36,8 @@ export function createRegistry(service: string, instance: string): Registry {
 const EVENT_LOOP_RESOLUTION_MS = 100;
 /** Whether there is work is looked at so often. */
 const WORK_CHECK_MS = 2_000;
+/** A sample of the event-loop delay that is so late is counted as late. */
+const LATE_MS = 50;
 /** Part of the time in which the event loop ran something: heartbeats alone stay below. */
 const WORK_UTILIZATION = 0.01;
 
@@ -47,6 +50,14 @@ function observeEventLoop(registry: Registry): void {
   let worstMs = 0;
   // The histogram holds whole intervals, of which the resolution is none of the delay.
   const lateMs = (ns: number): number => (delays.count === 0 ? 0 : Math.max(0, ns / 1e6 - EVENT_LOOP_RESOLUTION_MS));
+  let numSamples = 0;
+  let numLate = 0;
+  const forget = (): void => {
+    const { count } = delays;
+    numSamples += count;
+    for (let rank = count; rank > 0 && lateMs(delays.percentile((100 * rank) / count)) > LATE_MS; rank--) numLate++;
+    delays.reset();
+  };
   setInterval(() => {
     const nowMs = performance.now();
     worstMs = Math.max(worstMs, nowMs - checkedAtMs - WORK_CHECK_MS);
@@ -62,7 +73,7 @@ function observeEventLoop(registry: Registry): void {
     }
     // Else Node would count the time since the last sample before as one interval.
     worstMs = Math.max(worstMs, lateMs(delays.max));
-    delays.reset();
+    forget();
     delays.enable();
   }, WORK_CHECK_MS).unref();
   const gauge: Gauge<'quantile'> = new Gauge({
@@ -74,9 +85,24 @@ function observeEventLoop(registry: Registry): void {
       gauge.set({ quantile: '0.5' }, lateMs(delays.percentile(50)) / 1e3);
       gauge.set({ quantile: '0.99' }, lateMs(delays.percentile(99)) / 1e3);
       gauge.set({ quantile: '1' }, Math.max(lateMs(delays.max), worstMs) / 1e3);
-      delays.reset();
+      forget();
       worstMs = 0;
+      samples.inc(numSamples);
+      late.inc(numLate);
+      numSamples = 0;
+      numLate = 0;
     },
+  });
+  // Registered behind the gauge, which counts when it is collected.
+  const samples = new Counter({
+    name: 'lamina_event_loop_samples_total',
+    help: 'How often the delay of the main thread was sampled',
+    registers: [registry],
+  });
+  const late = new Counter({
+    name: 'lamina_event_loop_late_samples_total',
+    help: `Of those, how many were more than ${LATE_MS} ms late`,
+    registers: [registry],
   });
 }
 

@@ -112,6 +112,33 @@ test('an event loop that stood still is seen once, in the next scrape', async ()
   expect(await worstSeconds()).toBeLessThan(0.25);
 });
 
+test('late samples of the event loop are counted, and the others', async () => {
+  const registry = createRegistry('gateway', 'g4');
+  const counted = async (): Promise<number[]> => {
+    const text = await registry.metrics();
+    const of = (name: string): number =>
+      Number(new RegExp(`^lamina_event_loop_${name}_total\\{.*\\} (\\S+)$`, 'm').exec(text)?.[1]);
+    return [of('samples'), of('late_samples')];
+  };
+  const work = async (times: number, ms: number): Promise<void> => {
+    for (let time = 0; time < times; time++) {
+      const untilMs = performance.now() + ms;
+      while (performance.now() < untilMs);
+      await sleep(250);
+    }
+  };
+  await sleep(250);
+  const [before = 0, lateBefore = 0] = await counted();
+  await work(3, 300);
+  const [after = 0, lateAfter = 0] = await counted();
+  expect(lateAfter - lateBefore).toBeGreaterThanOrEqual(2);
+  expect(lateAfter - lateBefore).toBeLessThan(after - before);
+  await work(4, 5);
+  const [last = 0, lateLast = 0] = await counted();
+  expect(last - after).toBeGreaterThanOrEqual(4);
+  expect(lateLast).toBe(lateAfter);
+});
+
 const IDLE_THEN_AT_WORK = `
   import { readFileSync } from 'node:fs';
   const { createRegistry } = await import(process.argv[1]);
