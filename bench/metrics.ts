@@ -1,9 +1,19 @@
 /** Owns reading /metrics of a cluster: sums of a series over all instances, and what a step costs by cause. */
 
+import { sleep } from './processes.ts';
+
 export type Metrics = ReadonlyMap<string, number>;
 
+/** A gateway gives the same to all who ask within a second. */
+const MAX_AGE_MS = 1_000;
+let readAtMs = Number.NEGATIVE_INFINITY;
+
+/** As they are now: not sooner after another reading than the gateway's are new. */
 export async function readMetrics(httpUrl: string): Promise<Metrics> {
+  const waitMs = readAtMs + MAX_AGE_MS - performance.now();
+  if (waitMs > 0) await sleep(waitMs);
   const response = await fetch(`${httpUrl}/metrics`);
+  readAtMs = performance.now();
   const sums = new Map<string, number>();
   for (const line of (await response.text()).split('\n')) {
     const match = /^([a-z_]+)(?:\{(.*)\})? ([-+0-9.eE]+)$/.exec(line);
