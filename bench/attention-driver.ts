@@ -10,8 +10,6 @@
 import { vectorOps } from '@lamina/attention-kernel';
 import { Bus } from '@lamina/bus';
 import {
-  attendBytes,
-  BLOCK_FIELDS,
   ENDPOINTS,
   emptyFrameHeader,
   encodeStepPlan,
@@ -22,15 +20,13 @@ import {
   type FrameHeader,
   parseMessage,
   readFrameHeader,
-  SEGMENT_FIELDS,
   SERVICE_NAMES,
-  type StepPlan,
   SUBJECTS,
   splitFrame,
   unpackMessage,
   writeFrameHeader,
 } from '@lamina/protocol';
-import { elementBytes, type KvLayout } from '@lamina/tensor';
+import { attendBytes, BLOCK_FIELDS, elementBytes, type KvLayout, SEGMENT_FIELDS, type StepPlan } from '@lamina/tensor';
 import { sleep } from './processes.ts';
 
 const ORIGIN_ID = 1;

@@ -1,5 +1,5 @@
 /**
- * Owns the npm scripts: `node deploy/bootstrap.mjs <demo|start|test|bench|chaos|soak|check> [args...]` sets up what is missing and then
+ * Owns the npm scripts: `node deploy/bootstrap.mjs <demo|start|test|bench|chaos|soak|fuzz|properties|check> [args...]` sets up what is missing and then
  * runs the command. Plain Node without packages, because it runs before any package is installed. Says only what it does.
  */
 import process from 'node:process';

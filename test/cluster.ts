@@ -3,7 +3,8 @@
  *
  * Invariants
  * 1. Ports are free ones and LAMINA_* variables of the caller do not reach a test, save the path of nats-server.
- * 2. Built graphs are cached in one directory per checkout, so only the first cluster of a model builds them.
+ * 2. A cluster of one test ends with it, also if it fails.
+ * 3. Built graphs are cached in one directory per checkout, so only the first cluster of a model builds them.
  */
 import { createHash } from 'node:crypto';
 import { tmpdir } from 'node:os';
@@ -20,6 +21,7 @@ import {
 import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { processEnvironment } from '@lamina/runtime';
 import { LaminaError } from '@lamina/tensor';
+import { onTestFailed, onTestFinished } from 'vitest';
 
 export interface TestClusterOptions {
   readonly attentionShards?: number;
@@ -87,6 +89,17 @@ export async function startTestCluster(options: TestClusterOptions = {}): Promis
     logs: () => lines.join('\n'),
     stop: () => cluster.stop(),
   };
+}
+
+/**
+ * The same for one test, called in the test or in `beforeEach`: it is stopped afterwards, before what was given to
+ * `onTestFinished` earlier, and its log is printed if the test has failed.
+ */
+export async function startForTest(options: TestClusterOptions = {}): Promise<TestCluster> {
+  const tested = await startTestCluster(options);
+  onTestFinished(() => tested.stop());
+  onTestFailed(() => console.log(tested.logs()));
+  return tested;
 }
 
 function generate(

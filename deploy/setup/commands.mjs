@@ -10,6 +10,29 @@ const BIN = {
   vitest: 'node_modules/vitest/vitest.mjs',
 };
 
+/** What `npm test` does shortly, in its long form: the variable that asks for it, and the files. */
+const LONG_FORMS = {
+  fuzz: {
+    variable: 'LAMINA_FUZZ',
+    files: [
+      'packages/protocol/test/fuzz.test.ts',
+      'packages/bus/test/server-lines.test.ts',
+      'test/contract/tensor-link.test.ts',
+      'test/e2e/hostile.test.ts',
+      'test/e2e/hostile-frames.test.ts',
+    ],
+  },
+  properties: {
+    variable: 'LAMINA_PROPERTIES',
+    files: [
+      'services/kv-manager/test/kv-manager.property.test.ts',
+      'test/contract/kv-manager-executor.property.test.ts',
+    ],
+  },
+};
+/** Says when each test ended, and what it prints when it prints it. */
+const TELLING = ['--reporter=verbose', '--disable-console-intercept=true'];
+
 /**
  * Everything that a running Lamina needs.
  * @param {{ needsNatsServer: boolean }} options
@@ -36,6 +59,17 @@ async function runCli(command, args) {
 async function runTests(args) {
   const environment = await prepare({ needsNatsServer: true });
   return runInForeground([BIN.vitest, 'run', ...args], environment);
+}
+
+/**
+ * @param {keyof typeof LONG_FORMS} command
+ * @param {readonly string[]} args test files instead of all, and options of vitest
+ */
+async function runLongForm(command, args) {
+  const { variable, files } = LONG_FORMS[command];
+  const isFile = (/** @type {string} */ arg) => !arg.startsWith('-');
+  const environment = { ...(await prepare({ needsNatsServer: true })), [variable]: 'long' };
+  return runInForeground([BIN.vitest, 'run', ...TELLING, ...(args.some(isFile) ? [] : files), ...args], environment);
 }
 
 /** @param {readonly string[]} args of `npm run chaos` */
@@ -125,10 +159,13 @@ export async function runCommand(command, args) {
         return await runChaos(args);
       case 'soak':
         return await runSoak(args);
+      case 'fuzz':
+      case 'properties':
+        return await runLongForm(command, args);
       case 'check':
         return await runChecks();
       default:
-        say('usage: node deploy/bootstrap.mjs demo|start|test|bench|chaos|soak|check [args...]');
+        say('usage: node deploy/bootstrap.mjs demo|start|test|bench|chaos|soak|fuzz|properties|check [args...]');
         return 2;
     }
   } catch (error) {

@@ -14,12 +14,21 @@ import {
   startCluster,
 } from '@lamina/cli';
 import { ENDPOINTS, EVENTS } from '@lamina/protocol';
-import { processEnvironment, type Service } from '@lamina/runtime';
+import { processEnvironment, SETTINGS, type Service } from '@lamina/runtime';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
+import { ClusterLog } from './cluster-log.ts';
 import type { Random } from './random.ts';
+import { sleep } from './requests.ts';
 import { Sign } from './sign.ts';
-import { sleep } from './workload.ts';
+
+/** A process that somebody else has started, and that belongs to the cluster as long as it is among its guests. */
+export interface Guest {
+  readonly service: Service;
+  readonly child: Child;
+  /** Whether there is one more of the service because of it; else it has taken the place of one. */
+  readonly isExtra: boolean;
+}
 
 export interface ChaosClusterOptions {
   /** Directory of JetStream's files; default: a temporary one. */
@@ -33,7 +42,7 @@ const LAYOUT: readonly (readonly [Service, number])[] = [
   ['dense-executor', 2],
   ['gateway', 1],
 ];
-const SETTINGS: ServiceSettings = {
+const CHAOS_SETTINGS: ServiceSettings = {
   model: join(ROOT_DIRECTORY, 'models', 'lamina-tiny'),
   cacheDir: TEST_CACHE_DIRECTORY,
   kvDtype: 'f32',
@@ -44,7 +53,6 @@ const SETTINGS: ServiceSettings = {
   httpPort: '0',
 };
 const WHOLE_TIMEOUT_MS = 30_000;
-const LOG_LINES = 600;
 /** More than the full disk has: it is the disk that refuses then, not a limit of the server. */
 const MAX_STORE_BYTES = 8 * 1024 ** 3;
 
@@ -53,9 +61,10 @@ const numberOf = (service: Service): number => LAYOUT.find(([each]) => each === 
 export class ChaosCluster {
   readonly cluster: Cluster;
   readonly storeDir: string;
+  readonly log: ClusterLog;
+  readonly guests = new Set<Guest>();
   readonly #ownsStore: boolean;
-  readonly #lines: string[];
-  readonly #watchers: Set<(line: string) => void>;
+  readonly #settings: ServiceSettings;
   #nats: NatsServer;
 
   private constructor(
@@ -63,15 +72,15 @@ export class ChaosCluster {
     nats: NatsServer,
     storeDir: string,
     ownsStore: boolean,
-    lines: string[],
-    watchers: Set<(line: string) => void>,
+    settings: ServiceSettings,
+    log: ClusterLog,
   ) {
     this.cluster = cluster;
     this.#nats = nats;
     this.storeDir = storeDir;
     this.#ownsStore = ownsStore;
-    this.#lines = lines;
-    this.#watchers = watchers;
+    this.#settings = settings;
+    this.log = log;
   }
 
   static async start(options: ChaosClusterOptions = {}): Promise<ChaosCluster> {
@@ -79,8 +88,8 @@ export class ChaosCluster {
     const environment = processEnvironment();
     const binary = natsServerOf(environment);
     const nats = await startNatsServer({ storeDir, binary, maxStoreBytes: MAX_STORE_BYTES });
-    const lines: string[] = [];
-    const watchers = new Set<(line: string) => void>();
+    const log = new ClusterLog();
+    const settings = { ...CHAOS_SETTINGS, ...options.settings };
     const cluster = await startCluster({
       attentionShards: numberOf('attention-shard'),
       denseExecutors: numberOf('dense-executor'),
@@ -89,15 +98,11 @@ export class ChaosCluster {
       natsUrl: nats.url,
       natsServer: binary,
       environment: Object.fromEntries(Object.entries(environment).filter(([name]) => !name.startsWith('LAMINA_'))),
-      settings: { ...SETTINGS, ...options.settings },
+      settings,
       onExit: () => undefined,
-      onLine: (name, line) => {
-        lines.push(`[${name}] ${line}`);
-        if (lines.length > LOG_LINES) lines.shift();
-        for (const watcher of watchers) watcher(line);
-      },
+      onLine: (name, line) => log.hear(name, line),
     });
-    return new ChaosCluster(cluster, nats, storeDir, options.storeDir === undefined, lines, watchers);
+    return new ChaosCluster(cluster, nats, storeDir, options.storeDir === undefined, settings, log);
   }
 
   get natsPort(): number {
@@ -109,7 +114,25 @@ export class ChaosCluster {
   }
 
   logs(): string {
-    return this.#lines.join('\n');
+    return this.log.text;
+  }
+
+  /** Variables of a process that is to belong to the cluster, with these settings over those of the others. */
+  environmentOf(settings: ServiceSettings): Readonly<Record<string, string | undefined>> {
+    const given: Readonly<Record<string, string | undefined>> = { ...this.#settings, ...settings };
+    const variables = Object.entries(SETTINGS).map(([name, { env }]) => [env, given[name]]);
+    return { PATH: processEnvironment().PATH, ...Object.fromEntries(variables) };
+  }
+
+  /** The running processes of a service, guests included. */
+  running(service: Service): Child[] {
+    const guests = [...this.guests].filter((guest) => guest.service === service).map(({ child }) => child);
+    return [...this.cluster.processes(service), ...guests].filter((child) => child.isRunning);
+  }
+
+  /** Where the gateways that run serve HTTP. */
+  gatewayUrls(): string[] {
+    return this.running('gateway').flatMap(({ name }) => this.log.urlOf(name) ?? []);
   }
 
   /** A running process of a service. */
@@ -119,13 +142,11 @@ export class ChaosCluster {
 
   /** That some process logs a line with this text. */
   logged(text: string): Sign {
-    return new Sign((see) => {
-      const watcher = (line: string): void => {
+    return new Sign((see) =>
+      this.log.watch((line) => {
         if (line.includes(text)) see();
-      };
-      this.#watchers.add(watcher);
-      return () => this.#watchers.delete(watcher);
-    });
+      }),
+    );
   }
 
   /** That the kv-manager says that a shard is lost: one of these, or any. */
@@ -156,11 +177,16 @@ export class ChaosCluster {
     );
   }
 
+  /** How many processes of a service belong to the cluster. */
+  #sizeOf(service: Service): number {
+    return numberOf(service) + [...this.guests].filter((guest) => guest.isExtra && guest.service === service).length;
+  }
+
   /** Services of which not as many processes run as were started. */
   incomplete(): string[] {
-    return LAYOUT.flatMap(([service, number]) => {
-      const running = this.cluster.processes(service).filter((child) => child.isRunning).length;
-      return running === number ? [] : [`${running} of ${number} ${service} run`];
+    return LAYOUT.flatMap(([service]) => {
+      const [numRunning, number] = [this.running(service).length, this.#sizeOf(service)];
+      return numRunning === number ? [] : [`${numRunning} of ${number} ${service} run`];
     });
   }
 
@@ -183,7 +209,8 @@ export class ChaosCluster {
     const problem = status.then(
       ({ shards, executors }) => {
         const numShards = shards.filter(({ numBlocks }) => numBlocks > 0).length;
-        const isWhole = numShards === numberOf('attention-shard') && executors.length === numberOf('dense-executor');
+        const isWhole =
+          numShards === this.#sizeOf('attention-shard') && executors.length === this.#sizeOf('dense-executor');
         return isWhole ? [] : [`the kv-manager has ${numShards} shards and ${executors.length} executors`];
       },
       (cause: unknown) => [String(cause)],

@@ -9,8 +9,9 @@ import { judge, randomOf } from './judge.ts';
 import { readOptions } from './options.ts';
 import { Random } from './random.ts';
 import { Report } from './report.ts';
+import { makeRequests } from './requests.ts';
 import { SCENARIOS } from './scenarios.ts';
-import { type Answers, makeRequests, Workload } from './workload.ts';
+import { type Answers, Workload } from './workload.ts';
 
 const { isLong, seed, jsonPath } = readOptions();
 const NUM_REQUESTS = isLong ? 200 : 24;
@@ -39,15 +40,16 @@ afterAll(async () => {
   report.finish();
 });
 
-for (const { name, numFaults, cluster, isPossible, prepare } of SCENARIOS) {
-  test.skipIf(!isPossible)(
+for (const { name, numFaults, cuts, cluster, isPossible, prepare } of SCENARIOS) {
+  const count = numFaults[isLong ? 1 : 0];
+  test.skipIf(!isPossible || count === 0)(
     name,
     async () => {
       const tested = await clusters.get(cluster);
       const fault = await prepare(tested, randomOf({ name: `prepare ${name}`, seed }), isLong);
       try {
         const load = { requests, expected, concurrency: CONCURRENCY };
-        const row = await judge(tested, load, { name, seed, numFaults: numFaults[isLong ? 1 : 0], fault });
+        const row = await judge(tested, load, { name, seed, numFaults: count, cuts, fault });
         report.add(row);
         const { lost, doubled, wrong } = row;
         expect({ lost, doubled, wrong }).toEqual({ lost: 0, doubled: 0, wrong: 0 });

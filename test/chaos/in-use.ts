@@ -6,7 +6,7 @@ import { ACK_WAIT_MS } from '@lamina/bus';
 import type { Child, Cluster } from '@lamina/cli';
 import { ENDPOINTS, SERVICE_NAMES, STREAMS, SUBJECTS, unpackMessage } from '@lamina/protocol';
 import type { Service } from '@lamina/runtime';
-import { sleep } from './workload.ts';
+import { sleep } from './requests.ts';
 
 const POLL_MS = 50;
 const DISCOVERY_MS = 200;
@@ -14,14 +14,21 @@ const REQUEST_TIMEOUT_MS = 2_000;
 /** Some redeliveries long: what the process before held is first taken up by others. */
 const TIMEOUT_MS = 8 * ACK_WAIT_MS;
 
+type Problem = (cluster: Cluster, child: Child) => Promise<string | undefined>;
+
+const PROBLEMS: Readonly<Partial<Record<Service, Problem>>> = {
+  gateway: unusedGateway,
+  'dense-executor': unusedExecutor,
+  'attention-shard': unusedShard,
+};
+
 /**
- * Resolves when the process holds work: a dense-executor runs requests, and so do the others all those that the queue has
- * given out (so what is taken up later was its own); an attention-shard holds blocks. Others at once.
+ * Resolves when the process holds work: a gateway relays answers; a dense-executor runs requests, and so do the others all
+ * those that the queue has given out (so what is taken up later was its own); an attention-shard holds blocks. Others at once.
  * @throws Error when that is not so in time.
  */
 export async function inUse(cluster: Cluster, service: Service, child: Child): Promise<void> {
-  const problemOf =
-    service === 'dense-executor' ? unusedExecutor : service === 'attention-shard' ? unusedShard : undefined;
+  const problemOf = PROBLEMS[service];
   if (problemOf === undefined) return;
   const deadlineMs = performance.now() + TIMEOUT_MS;
   for (;;) {
@@ -39,6 +46,20 @@ async function instancesOf(cluster: Cluster, service: Service): Promise<Map<numb
   return new Map(found.map(({ id, metadata }) => [Number(metadata.pid), { id, name: String(metadata.instance) }]));
 }
 
+/** What a process says about itself at this moment. */
+async function statusOf(cluster: Cluster, id: string): Promise<Record<string, unknown>> {
+  const options = { timeout: REQUEST_TIMEOUT_MS };
+  const { data } = await cluster.bus.connection.request(SUBJECTS.status(id), undefined, options);
+  return Object(unpackMessage(data));
+}
+
+async function unusedGateway(cluster: Cluster, child: Child): Promise<string | undefined> {
+  const instance = (await instancesOf(cluster, 'gateway')).get(child.pid ?? 0);
+  if (instance === undefined) return 'it does not answer $SRV.STATS';
+  const { openRequests } = await statusOf(cluster, instance.id);
+  return Number(openRequests) > 0 ? undefined : 'it relays no answer';
+}
+
 async function unusedExecutor(cluster: Cluster, child: Child): Promise<string | undefined> {
   const instances = await instancesOf(cluster, 'dense-executor');
   const { connection } = cluster.bus;
@@ -48,9 +69,8 @@ async function unusedExecutor(cluster: Cluster, child: Child): Promise<string | 
   const numRunning = async (process: Child): Promise<number> => {
     const instance = instances.get(process.pid ?? 0);
     if (instance === undefined) throw new Error(`${process.name} does not answer $SRV.STATS`);
-    const subject = SUBJECTS.status(instance.id);
-    const { data } = await connection.request(subject, undefined, { timeout: REQUEST_TIMEOUT_MS });
-    return Number(Object(unpackMessage(data)).runningRequests);
+    const { runningRequests } = await statusOf(cluster, instance.id);
+    return Number(runningRequests);
   };
   const others = cluster.processes('dense-executor').filter((process) => process.isRunning && process !== child);
   const before = await numGivenOut();

@@ -7,10 +7,15 @@
  */
 import { ACK_WAIT_MS } from '@lamina/bus';
 import type { ChaosCluster } from './chaos-cluster.ts';
+import type { Cuts } from './clients/client.ts';
+import { DurableClient } from './clients/durable.ts';
+import { GenerateClient } from './clients/generate.ts';
+import { HttpClient } from './clients/http.ts';
 import { Random } from './random.ts';
 import { type ChaosRow, percentiles } from './report.ts';
+import { type ChaosRequest, sleep } from './requests.ts';
 import type { Fault } from './scenarios.ts';
-import { type Answers, type ChaosRequest, sleep, Workload } from './workload.ts';
+import { type Answers, Workload } from './workload.ts';
 
 export interface Load {
   readonly requests: readonly ChaosRequest[];
@@ -23,6 +28,7 @@ export interface Trial {
   readonly name: string;
   readonly seed: number;
   readonly numFaults: number;
+  readonly cuts: Cuts;
   readonly fault: Fault;
 }
 
@@ -40,9 +46,15 @@ export function randomOf({ name, seed }: Pick<Trial, 'name' | 'seed'>): Random {
 
 /** Runs the load while the fault happens `numFaults` times at random moments. */
 export async function judge(tested: ChaosCluster, load: Load, trial: Trial): Promise<Omit<ChaosRow, 'seed' | 'form'>> {
-  const { name, numFaults, fault } = trial;
+  const { name, numFaults, cuts, fault } = trial;
   const startedMs = performance.now();
-  const workload = await Workload.create(tested.cluster.bus, load.requests, load.expected);
+  const { bus } = tested.cluster;
+  const clients = [
+    new DurableClient(bus),
+    new GenerateClient(bus, cuts),
+    new HttpClient(() => tested.gatewayUrls(), cuts),
+  ];
+  const workload = await Workload.create(bus, load.requests, load.expected, clients);
   const random = randomOf(trial);
   const detectedMs: number[] = [];
   const resumedMs: number[] = [];

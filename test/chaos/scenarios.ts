@@ -5,14 +5,15 @@
 import type { Child } from '@lamina/cli';
 import type { Service } from '@lamina/runtime';
 import type { ChaosCluster } from './chaos-cluster.ts';
+import type { Cuts } from './clients/client.ts';
 import { type ClusterKind, diskOf } from './clusters.ts';
 import { inUse } from './in-use.ts';
-import { canPartition, IsolatedShard } from './isolated-shard.ts';
+import { canPartition, IsolatedProcess } from './isolated-process.ts';
 import type { Random } from './random.ts';
+import { sleep } from './requests.ts';
 import type { Sign } from './sign.ts';
 import { canMount, emptyDisk, fillDisk } from './small-disk.ts';
 import { type Harm, TensorProxy } from './tensor-proxy.ts';
-import { sleep } from './workload.ts';
 
 export interface Fault {
   /** Resolves when it would hit something; absent where it always does. Rejects when that is not so in time. */
@@ -29,8 +30,10 @@ export interface Fault {
 
 export interface Scenario {
   readonly name: string;
-  /** How often it happens in the short form and in the long one. */
+  /** How often it happens in the short form, 0 where that does without it, and in the long one. */
   readonly numFaults: readonly [short: number, long: number];
+  /** What it may take from who listens to a stream of replies. */
+  readonly cuts: Cuts;
   readonly cluster: ClusterKind;
   readonly isPossible: boolean;
   readonly prepare: (tested: ChaosCluster, random: Random, isLong: boolean) => Fault | Promise<Fault>;
@@ -38,12 +41,15 @@ export interface Scenario {
 
 const KILLS = [3, 20] as const;
 const STALLS = [1, 10] as const;
+/** The short form has five minutes. */
+const LONG_STALLS = [0, 10] as const;
 const STALL_MS = 10_000;
 const DISK_FULL_MS = 5_000;
 const REFILL_MS = 20;
 /** The last part of that time, in which JetStream is asked whether it is there. */
 const PROBE_MS = 2_000;
 const HARM_RATE = 0.002;
+const MAY_PARTITION = canPartition();
 
 /** By what each service's absence shows; nobody says a word about a gateway. */
 const SIGNS: Readonly<Partial<Record<Service, (tested: ChaosCluster) => Sign>>> = {
@@ -79,11 +85,12 @@ function onVictims(
 
 /** They die, and others start a moment later. */
 function killed(services: readonly Service[], name: string, numFaults: Scenario['numFaults']): Scenario {
-  return onVictims(services, { name, numFaults }, async (victims, tested, random) => {
+  const scenario = onVictims(services, { name, numFaults }, async (victims, tested, random) => {
     for (const victim of victims) victim.kill('SIGKILL');
     await sleep(random.between(0, 800));
     await Promise.all(services.map((service) => tested.cluster.add(service)));
   });
+  return { ...scenario, cuts: services.includes('gateway') ? 'gateways' : 'nothing' };
 }
 
 function stopped(service: Service): Scenario {
@@ -92,6 +99,31 @@ function stopped(service: Service): Scenario {
     await sleep(STALL_MS);
     victim!.kill('SIGCONT');
   });
+}
+
+/** One that is on the other side of a link is cut off while it holds work, and found by the others again. */
+function cutOff(service: Service, name: string, numFaults: Scenario['numFaults']): Scenario {
+  const scenario = onPlain(name, numFaults, async (tested) => {
+    const isolated = await IsolatedProcess.start(tested, service);
+    return {
+      ready: async () => {
+        // Again after a cut: what the kv-manager knew is gone then, and what was unsent comes within some seconds.
+        await tested.whole();
+        await inUse(tested.cluster, service, isolated.child);
+      },
+      sign:
+        service === 'attention-shard'
+          ? () => tested.shardLost((shardId) => isolated.isOwnShardId(shardId))
+          : signOf(tested, service),
+      act: async () => {
+        isolated.cut();
+        await sleep(STALL_MS);
+        isolated.heal();
+      },
+      cleanUp: () => isolated.stop(),
+    };
+  });
+  return { ...scenario, cuts: service === 'gateway' ? 'gateways' : 'nothing', isPossible: MAY_PARTITION };
 }
 
 /** Messages of two of the three shards are harmed on their way. */
@@ -123,31 +155,37 @@ function tensors(name: string, harms: readonly Harm[], signOfHarm?: (tested: Cha
       },
     };
   };
-  return { name: `tensors ${name}`, numFaults: [1, 1], cluster: 'checked', isPossible: true, prepare };
+  return { name: `tensors ${name}`, numFaults: [1, 1], cuts: 'nothing', cluster: 'checked', isPossible: true, prepare };
 }
 
 function onPlain(name: string, numFaults: Scenario['numFaults'], prepare: Scenario['prepare']): Scenario {
-  return { name, numFaults, cluster: 'plain', isPossible: true, prepare };
+  return { name, numFaults, cuts: 'nothing', cluster: 'plain', isPossible: true, prepare };
 }
 
 export const SCENARIOS: readonly Scenario[] = [
   ...SERVICES.map((service) => killed([service], `kill ${service}`, KILLS)),
-  onPlain('kill nats-server', KILLS, (tested) => ({
-    sign: () => tested.disconnected(),
-    act: async (random) => {
-      await tested.killNats();
-      await sleep(random.between(0, 1_500));
-      await tested.startNats();
-    },
-  })),
+  {
+    ...onPlain('kill nats-server', KILLS, (tested) => ({
+      sign: () => tested.disconnected(),
+      act: async (random) => {
+        await tested.killNats();
+        await sleep(random.between(0, 1_500));
+        await tested.startNats();
+      },
+    })),
+    cuts: 'replies',
+  },
   killed(['kv-manager', 'dense-executor'], 'kill kv-manager and dense-executor', [1, 10]),
-  onPlain('kill everything', [1, 5], (tested) => ({
-    act: async (random) => {
-      await tested.killAll();
-      await sleep(random.between(0, 500));
-      await tested.startAll();
-    },
-  })),
+  {
+    ...onPlain('kill everything', [1, 5], (tested) => ({
+      act: async (random) => {
+        await tested.killAll();
+        await sleep(random.between(0, 500));
+        await tested.startAll();
+      },
+    })),
+    cuts: 'gateways',
+  },
   onPlain('kill every attention-shard', [1, 5], (tested) => ({
     sign: () => tested.shardLost(),
     act: async (random) => {
@@ -158,27 +196,16 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   })),
   ...SERVICES.map(stopped),
-  {
-    ...onPlain('partition of an attention-shard', STALLS, async (tested) => {
-      const shard = await IsolatedShard.start(tested.cluster, tested.natsPort);
-      return {
-        ready: () => shard.inUse(),
-        sign: () => tested.shardLost((shardId) => shard.isOwnId(shardId)),
-        act: async () => {
-          shard.cut();
-          await sleep(STALL_MS);
-          shard.heal();
-        },
-        cleanUp: () => shard.stop(),
-      };
-    }),
-    isPossible: canPartition(),
-  },
+  cutOff('attention-shard', 'partition of an attention-shard', STALLS),
+  cutOff('dense-executor', 'partition of a dense-executor', LONG_STALLS),
+  cutOff('kv-manager', 'partition of the kv-manager', LONG_STALLS),
+  cutOff('gateway', 'partition of a gateway', LONG_STALLS),
   tensors('delayed, duplicated and reordered', ['delay', 'duplicate', 'reorder']),
   tensors('corrupted', ['corrupt'], (tested) => tested.logged('a tensor frame was damaged on its way')),
   {
     name: 'disk full',
     numFaults: STALLS,
+    cuts: 'replies',
     cluster: 'small disk',
     isPossible: canMount(),
     prepare: (tested) => {

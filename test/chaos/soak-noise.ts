@@ -11,7 +11,7 @@
 import type { Bus } from '@lamina/bus';
 import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import type { Random } from './random.ts';
-import { sleep } from './workload.ts';
+import { sleep } from './requests.ts';
 
 type Act = 'stream' | 'whole' | 'hang-up' | 'cancel' | 'bad HTTP body' | 'bad NATS body' | 'long prompt';
 const ACTS: readonly Act[] = ['stream', 'whole', 'hang-up', 'cancel', 'bad HTTP body', 'bad NATS body', 'long prompt'];

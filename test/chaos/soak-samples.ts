@@ -5,7 +5,8 @@
  * 1. Every process that runs at some sample is followed from then on, those included that are killed or take the place of
  *    others: what a service does in its first minutes is judged on them.
  * 2. Samples of a process's warm-up are kept and do not count; the warm-up of one that starts during the run is its own.
- * 3. Growth is that of what a process holds: its memory after a full collection of its heaps, once in COLLECT_EVERY samples.
+ * 3. Growth is that of what a process holds: the least that is resident while all of its heaps are collected, once in
+ *    COLLECT_EVERY samples.
  *    V8 lets the heap of a small process rise by 8 MiB and more before it collects all of it, which at the load of a soak
  *    takes longer than the soak. What is resident in between is shown, and not judged.
  */
@@ -14,13 +15,15 @@ import { join } from 'node:path';
 import { SERVICE_NAMES } from '@lamina/protocol';
 import type { Service } from '@lamina/runtime';
 import type { ChaosCluster } from './chaos-cluster.ts';
-import { sleep } from './workload.ts';
+import { sleep } from './requests.ts';
+import { growthPercent } from './trend.ts';
 
 const SERVICES: readonly Service[] = ['gateway', 'kv-manager', 'dense-executor', 'attention-shard'];
 const SCRAPE_TIMEOUT_MS = 5_000;
 const COLLECT_EVERY = 6;
-/** In which every thread has collected its heap. */
+/** In which every thread has collected its heap: each when it comes to it, and young garbage gathers again from then on. */
 const COLLECT_MS = 2_000;
+const HELD_POLL_MS = 20;
 /** Of SIGUSR2 in the mask of signals that a process catches. It would end one that does not, and has a meaning for nats-server. */
 const SIGUSR2_BIT = 1n << 11n;
 const NATS_SERVER = 'nats-server';
@@ -39,7 +42,7 @@ const LOOP_LINE = /^lamina_event_loop_(delay_seconds|samples_total|late_samples_
 interface Sample {
   readonly atMs: number;
   readonly residentBytes: number;
-  /** Resident after a full collection; undefined where none was asked for. */
+  /** The least that was resident during a full collection; undefined where none was asked for. */
   heldBytes: number | undefined;
   readonly numFiles: number;
   /** Undefined for nats-server, and where the scrape got no answer. */
@@ -60,7 +63,7 @@ export interface ProcessRow {
   readonly name: string;
   readonly numSamples: number;
   readonly residentMiB: { readonly first: number; readonly last: number };
-  /** After full collections, with the time between the first and the last of them; undefined when there were too few. */
+  /** In full collections, with the time between the first and the last of them; undefined when there were too few. */
   readonly held: Held | undefined;
   readonly numFiles: { readonly first: number; readonly last: number };
   /** p99 of each window between two samples, ascending. */
@@ -80,7 +83,8 @@ export interface Held {
   readonly spanMs: number;
   readonly firstMiB: number;
   readonly lastMiB: number;
-  /** The line of least squares through the samples: what it rises over their time, in percent of its start. */
+  readonly allMiB: readonly number[];
+  /** Of all of them, see trend.ts. */
   readonly growthPercent: number;
 }
 
@@ -132,13 +136,20 @@ export class Samples {
     return this.#server;
   }
 
-  /** Lets every process collect its heaps, and notes in its last sample what is resident then. */
+  /** Lets every process collect its heaps, and notes in its last sample the least that is resident meanwhile. */
   async #collect(): Promise<void> {
     const collecting = [...this.#running()].filter(([pid, name]) => name !== NATS_SERVER && isToldToCollect(pid));
-    await sleep(COLLECT_MS);
-    for (const [pid] of collecting) {
+    const lasts = collecting.flatMap(([pid]) => {
       const last = this.#byPid.get(pid)?.samples.at(-1);
-      if (last !== undefined) last.heldBytes = measure(pid)?.residentBytes;
+      return last === undefined ? [] : [{ pid, last }];
+    });
+    const untilMs = performance.now() + COLLECT_MS;
+    while (performance.now() < untilMs) {
+      for (const { pid, last } of lasts) {
+        const bytes = residentBytesOf(pid);
+        if (bytes !== undefined) last.heldBytes = Math.min(last.heldBytes ?? bytes, bytes);
+      }
+      await sleep(HELD_POLL_MS);
     }
   }
 
@@ -201,22 +212,13 @@ function heldOf(samples: readonly Sample[]): Held | undefined {
   const points = samples.flatMap(({ atMs, heldBytes }) => (heldBytes === undefined ? [] : [{ atMs, heldBytes }]));
   const [first, last] = [points[0], points.at(-1)];
   if (first === undefined || last === undefined || points.length < MIN_SAMPLES) return undefined;
-  const meanMs = points.reduce((sum, { atMs }) => sum + atMs, 0) / points.length;
-  const meanBytes = points.reduce((sum, { heldBytes }) => sum + heldBytes, 0) / points.length;
-  let covariance = 0;
-  let variance = 0;
-  for (const { atMs, heldBytes } of points) {
-    covariance += (atMs - meanMs) * (heldBytes - meanBytes);
-    variance += (atMs - meanMs) ** 2;
-  }
-  const bytesPerMs = covariance / variance;
-  const startBytes = meanBytes + bytesPerMs * (first.atMs - meanMs);
   const spanMs = last.atMs - first.atMs;
   return {
     spanMs,
     firstMiB: mebibytes(first.heldBytes),
     lastMiB: mebibytes(last.heldBytes),
-    growthPercent: ((bytesPerMs * spanMs) / startBytes) * 100,
+    allMiB: points.map(({ heldBytes }) => mebibytes(heldBytes)),
+    growthPercent: growthPercent(points.map(({ atMs, heldBytes }) => ({ atMs, value: heldBytes }))),
   };
 }
 
@@ -233,10 +235,19 @@ function isToldToCollect(pid: number): boolean {
 
 /** Undefined when the process is gone. */
 function measure(pid: number): Pick<Sample, 'residentBytes' | 'numFiles'> | undefined {
+  const residentBytes = residentBytesOf(pid);
+  try {
+    return residentBytes === undefined ? undefined : { residentBytes, numFiles: readdirSync(`/proc/${pid}/fd`).length };
+  } catch {
+    return undefined;
+  }
+}
+
+/** Undefined when the process is gone. */
+function residentBytesOf(pid: number): number | undefined {
   try {
     const kilobytes = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
-    const numFiles = readdirSync(`/proc/${pid}/fd`).length;
-    return kilobytes === undefined ? undefined : { residentBytes: Number(kilobytes) * 1024, numFiles };
+    return kilobytes === undefined ? undefined : Number(kilobytes) * 1024;
   } catch {
     return undefined;
   }

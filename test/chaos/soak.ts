@@ -8,9 +8,10 @@ import { processEnvironment, type Service } from '@lamina/runtime';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { ChaosCluster } from './chaos-cluster.ts';
 import { Random } from './random.ts';
+import { makeRequests, sleep } from './requests.ts';
 import { Noise } from './soak-noise.ts';
 import { type Held, type ProcessRow, Samples } from './soak-samples.ts';
-import { type Answers, makeRequests, sleep, Workload } from './workload.ts';
+import { type Answers, Workload } from './workload.ts';
 
 const { LAMINA_SOAK_MINUTES, LAMINA_SOAK_SEED, LAMINA_SOAK_JSON } = processEnvironment();
 const minutes = Number(LAMINA_SOAK_MINUTES ?? '30');

@@ -3,7 +3,7 @@ import { defineConfig } from 'vitest/config';
 
 export default defineConfig({
   test: {
-    include: ['test/chaos/**/*.test.ts'],
+    include: ['test/chaos/chaos.test.ts'],
     pool: 'forks',
     maxWorkers: 1,
     hookTimeout: 120_000,

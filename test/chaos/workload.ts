@@ -1,28 +1,23 @@
 /**
- * Owns the load of a chaos run: requests that are submitted durably, followed to their end, and compared with the same
+ * Owns the load of a chaos run: requests that are asked in several ways, followed to their end, and compared with the same
  * requests' undisturbed answers.
  *
  * Invariants
- * 1. A client trusts only what the server confirmed: it submits again under the same id until it has a PubAck, and reads
- *    the answer from the stream, so what it misses while nats-server is away is still there.
- * 2. A client asks again for what could not be read just now, as long as it waits for the answer at all.
- * 3. A run leaves no client behind: when one fails, or the run is given up, the others end too before it settles.
- * 4. A token is counted by what is stored: an index twice is doubled, a missing one or a missing end is lost.
+ * 1. Requests take turns with the kinds of client.
+ * 2. A run leaves no client behind: when one fails, or the run is given up, the others end too before it settles.
+ * 3. An answer is judged by what is stored and by what its client got (`verdict.ts`).
  */
-import { type Bus, ensureStreams, type Subscription, TokenStream } from '@lamina/bus';
-import { decodeTokens, STREAMS, SUBJECTS, type TokenMessage } from '@lamina/protocol';
-import { LaminaError } from '@lamina/tensor';
-import type { Random } from './random.ts';
-
-export interface ChaosRequest {
-  readonly prompt: string;
-  readonly maxTokens: number;
-  readonly temperature: number;
-  readonly seed: number;
-}
+import { type Bus, ensureStreams } from '@lamina/bus';
+import { STREAMS, type TokenMessage } from '@lamina/protocol';
+import type { Client } from './clients/client.ts';
+import { DurableClient } from './clients/durable.ts';
+import type { AnswerToken } from './clients/received.ts';
+import { type ChaosRequest, sleep } from './requests.ts';
+import { StoredAnswers } from './stored-answers.ts';
+import { type Answered, compare } from './verdict.ts';
 
 /** Tokens of each request. */
-export type Answers = readonly (readonly (number | null)[])[];
+export type Answers = readonly (readonly AnswerToken[])[];
 
 /** What became of the requests of one scenario, compared with the undisturbed answers. */
 export interface Outcome {
@@ -34,66 +29,63 @@ export interface Outcome {
 
 const POLL_MS = 50;
 const STREAM_POLL_MS = 2_000;
-const RETRY_MS = 100;
-const READ_ATTEMPT_MS = 5_000;
 /** After the time of the answer itself. */
 const READ_TIMEOUT_MS = 15_000;
 /** An answer that takes longer counts as lost. */
 const ANSWER_TIMEOUT_MS = 120_000;
 const RESUME_TIMEOUT_MS = 30_000;
 
-const OPENINGS = ['Once upon a time', 'Tom and Sam', 'The little goat', 'One day a bird', 'Lily had a red ball'];
-const MIDDLES = [' went to the park', ' saw a big dog', ' was very sad', ' wanted to fly', ' found a box'];
-
-/** Half of the requests greedy, half seeded; prompts of some 5 to 120 tokens. */
-export function makeRequests(count: number, random: Random): ChaosRequest[] {
-  return Array.from({ length: count }, (_, index) => ({
-    prompt: `${random.pick(OPENINGS)}${random.pick(MIDDLES).repeat(random.between(1, 12))}, number ${index}.`,
-    maxTokens: random.between(60, 140),
-    temperature: index % 2 === 0 ? 0 : 0.8,
-    seed: random.between(1, 1_000_000),
-  }));
-}
-
 export class Workload {
   readonly #bus: Bus;
-  readonly #stream: TokenStream;
+  readonly #stored: StoredAnswers;
   readonly #requests: readonly ChaosRequest[];
+  readonly #expected: Answers;
+  readonly #clients: readonly Client[];
   /** Requests that have a token and no end yet. */
   readonly #running = new Set<string>();
   /** Waits for the next token of every request that runs at a moment. */
   readonly #watches = new Set<{ startedMs: number; pending: Set<string>; delaysMs: number[] }>();
-  readonly #expected: Answers;
-  #isGivenUp = false;
+  readonly #givenUp = new AbortController();
 
-  private constructor(bus: Bus, requests: readonly ChaosRequest[], expected: Answers) {
+  private constructor(bus: Bus, requests: readonly ChaosRequest[], expected: Answers, clients: readonly Client[]) {
     this.#bus = bus;
+    this.#stored = new StoredAnswers(bus);
     this.#requests = requests;
     this.#expected = expected;
-    this.#stream = new TokenStream(bus, () => undefined);
+    this.#clients = clients;
   }
 
   /**
    * @param bus An ordinary client's connection.
    * @param expected What `learn` returned, on whatever cluster.
+   * @param clients Requests take turns with them; default: durable prompts only.
    */
-  static async create(bus: Bus, requests: readonly ChaosRequest[], expected: Answers = []): Promise<Workload> {
+  static async create(
+    bus: Bus,
+    requests: readonly ChaosRequest[],
+    expected: Answers = [],
+    clients: readonly Client[] = [new DurableClient(bus)],
+  ): Promise<Workload> {
     await ensureStreams(bus);
-    return new Workload(bus, requests, expected);
+    return new Workload(bus, requests, expected, clients);
   }
 
   get numRunning(): number {
     return this.#running.size;
   }
 
+  get #isGivenUp(): boolean {
+    return this.#givenUp.signal.aborted;
+  }
+
   /** Runs all requests undisturbed: their tokens are the truth. */
   async learn(concurrency: number): Promise<Answers> {
     const answers = await this.#answerAll('calm', concurrency, this.#requests.length, () => true);
-    return answers.map((answer, index) => {
-      const last = answer.at(-1);
-      if (answer.length !== this.#requests[index]!.maxTokens || last?.finish_reason !== 'length')
+    return answers.map(({ stored }, index) => {
+      const last = stored.at(-1);
+      if (stored.length !== this.#requests[index]!.maxTokens || last?.finish_reason !== 'length')
         throw new Error(`request ${index} failed without any fault: ${JSON.stringify(last)}`);
-      return answer.map(({ token }) => token);
+      return stored.map(({ token, text }) => ({ ...(token !== null && { token }), text }));
     });
   }
 
@@ -104,19 +96,32 @@ export class Workload {
     let doubled = 0;
     let wrong = 0;
     answers.forEach((answer, index) => {
-      const expected = this.#expected[index % this.#expected.length]!;
-      const byIndex = new Map<number, number | null>();
-      for (const { index: at, token } of answer) {
-        if (byIndex.has(at)) doubled++;
-        else byIndex.set(at, token);
-      }
-      if ([...byIndex].some(([at, token]) => token !== null && token !== expected[at])) wrong++;
-      if (byIndex.size === expected.length && answer.at(-1)?.finish_reason === 'length') return;
-      lost++;
-      console.log(`${name}-${index} has ${byIndex.size} of ${expected.length} tokens; its last`, answer.at(-1));
+      const verdict = compare(this.#expected[index % this.#expected.length]!, answer);
+      if (verdict.isLost) lost++;
+      if (verdict.isWrong) wrong++;
+      doubled += verdict.numDoubled;
+      const { kind } = this.#clientOf(index);
+      for (const problem of verdict.problems) console.log(`${idOf(name, index)} (${kind}): ${problem}`);
     });
     if (lost > 0) console.log(`${name}: ${await this.#queues()}`);
+    if (this.#clients.length > 1) console.log(`${name}: ${this.#describe(answers)}`);
     return { requests: answers.length, lost, doubled, wrong };
+  }
+
+  /** How many answers of each kind there were, how many were asked for again, and how many of these in their midst. */
+  #describe(answers: readonly Answered[]): string {
+    return this.#clients
+      .map((client) => {
+        const own = answers.filter((_, index) => this.#clientOf(index) === client);
+        const again = own.filter(({ received }) => received !== undefined && received.numConnections > 1);
+        const resumed = again.filter(({ received }) => received !== undefined && received.numResumed > 0);
+        return `${own.length} ${client.kind} (${again.length} asked again, ${resumed.length} of them in mid-answer)`;
+      })
+      .join(', ');
+  }
+
+  #clientOf(index: number): Client {
+    return this.#clients[index % this.#clients.length]!;
   }
 
   /** What the queues and their consumers hold: where a lost request may be. */
@@ -144,7 +149,7 @@ export class Workload {
 
   /** Ends every client at its next step: for a run whose outcome nobody needs. */
   giveUp(): void {
-    this.#isGivenUp = true;
+    this.#givenUp.abort();
   }
 
   #noteToken(id: string, isLast: boolean): void {
@@ -154,21 +159,13 @@ export class Workload {
     else this.#running.add(id);
   }
 
-  async #answerAll(
-    name: string,
-    concurrency: number,
-    atMost: number,
-    isOver: () => boolean,
-  ): Promise<TokenMessage[][]> {
-    const answers: TokenMessage[][] = [];
+  async #answerAll(name: string, concurrency: number, atMost: number, isOver: () => boolean): Promise<Answered[]> {
+    const answers: Answered[] = [];
     let next = 0;
     const client = async (): Promise<void> => {
       while (!this.#isGivenUp && (next < this.#requests.length || (next < atMost && !isOver()))) {
         const index = next++;
-        answers[index] = await this.#answer(
-          `${name.replaceAll(/\W+/g, '-')}-${index}`,
-          this.#requests[index % this.#requests.length]!,
-        );
+        answers[index] = await this.#answer(idOf(name, index), index);
       }
     };
     const clients = Array.from({ length: concurrency }, async () => {
@@ -183,91 +180,30 @@ export class Workload {
     return answers;
   }
 
-  /** Everything that is stored of an answer when its end is, or when time is up. */
-  async #answer(id: string, request: ChaosRequest): Promise<TokenMessage[]> {
-    const { prompt, maxTokens, temperature, seed } = request;
-    const body = JSON.stringify({ id, prompt, max_tokens: maxTokens, temperature, seed, ignore_eos: true });
-    const data = new TextEncoder().encode(body);
+  /** What the client has and everything that is stored of an answer, when both have its end, or when time is up. */
+  async #answer(id: string, index: number): Promise<Answered> {
+    const request = this.#requests[index % this.#requests.length]!;
     const deadlineMs = performance.now() + ANSWER_TIMEOUT_MS;
-    let isEnded = false;
-    const following = this.#stream.follow(id, (message) => {
-      for (const { finish_reason } of decodeTokens(message.data)) {
-        isEnded ||= finish_reason !== null;
-        this.#noteToken(id, isEnded);
-      }
+    let isHeard = false;
+    const following = this.#stored.follow(id, ({ finish_reason }: TokenMessage) => {
+      isHeard ||= finish_reason !== null;
+      this.#noteToken(id, isHeard);
     });
-    const isWaiting = (): boolean => !this.#isGivenUp && performance.now() < deadlineMs;
+    const signal = AbortSignal.any([this.#givenUp.signal, AbortSignal.timeout(ANSWER_TIMEOUT_MS)]);
     try {
-      while (isWaiting() && !(await this.#submitted(id, data))) await sleep(RETRY_MS);
-      // What is heard live may miss a message while the connection is away, so now and then the stream is asked.
-      for (let waitedMs = POLL_MS; !isEnded && isWaiting(); waitedMs += POLL_MS) {
+      const received = await this.#clientOf(index).answer({ id, request, number: index, signal });
+      // The end may be missed while the connection is away, and heard before it is stored, so the stream is asked for it.
+      for (let waitedMs = 0; !signal.aborted; waitedMs += POLL_MS) {
+        if ((isHeard || waitedMs % STREAM_POLL_MS === 0) && (await this.#stored.has(id))) break;
         await sleep(POLL_MS);
-        if (waitedMs % STREAM_POLL_MS === 0) isEnded = await this.#isStored(id);
       }
-      return await this.#read(id, deadlineMs + READ_TIMEOUT_MS);
+      const stored = await this.#stored.read(id, deadlineMs + READ_TIMEOUT_MS, () => this.#isGivenUp);
+      return { stored, received };
     } finally {
       following.unsubscribe();
       this.#running.delete(id);
     }
   }
-
-  async #isStored(id: string): Promise<boolean> {
-    const end = await this.#stream.endOf(id).catch(() => undefined);
-    return end?.isComplete === true;
-  }
-
-  /** What is stored, read again until it can be: the server may be away at this moment. */
-  async #read(id: string, deadlineMs: number): Promise<TokenMessage[]> {
-    for (;;) {
-      try {
-        return await this.#stored(id);
-      } catch (cause) {
-        const mayRetry = cause instanceof LaminaError && cause.retryable && performance.now() < deadlineMs;
-        if (this.#isGivenUp) return [];
-        if (!mayRetry) throw cause;
-        await sleep(RETRY_MS);
-      }
-    }
-  }
-
-  /** All that is stored of an answer, tokens that were stored twice included. */
-  async #stored(id: string): Promise<TokenMessage[]> {
-    const end = await this.#stream.endOf(id);
-    const tokens: TokenMessage[] = [];
-    if (end === undefined) return tokens;
-    const unreadable = (cause?: unknown): LaminaError =>
-      new LaminaError('unavailable', `the answer of ${id} cannot be read`, { cause });
-    let timer: NodeJS.Timeout | undefined;
-    let replay: Promise<Subscription> | undefined;
-    try {
-      await new Promise<void>((resolve, reject) => {
-        timer = setTimeout(() => reject(unreadable()), READ_ATTEMPT_MS);
-        const take = (message: Uint8Array, _isFinal: boolean, sequence: number): void => {
-          if (sequence <= end.sequence) tokens.push(...decodeTokens(message));
-          if (sequence >= end.sequence) resolve();
-        };
-        replay = this.#stream.replay(id, take);
-        replay.catch((cause: unknown) => reject(unreadable(cause)));
-      });
-    } finally {
-      clearTimeout(timer);
-      // It may begin only now.
-      void replay?.then(
-        (subscription) => subscription.unsubscribe(),
-        () => undefined,
-      );
-    }
-    return tokens;
-  }
-
-  async #submitted(id: string, data: Uint8Array): Promise<boolean> {
-    try {
-      await this.#bus.connection.jetstream().publish(SUBJECTS.prompts, data, { msgID: id, timeout: 2_000 });
-      return true;
-    } catch {
-      return false;
-    }
-  }
 }
 
-export const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+const idOf = (name: string, index: number): string => `${name.replaceAll(/\W+/g, '-')}-${index}`;

@@ -1,8 +1,6 @@
 /** The tensor plane of a real attention-shard over a real nats-server, against attention in float64. */
 import type { Bus } from '@lamina/bus';
 import {
-  attendBytes,
-  BLOCK_FIELDS,
   ENDPOINTS,
   emptyFrameHeader,
   encodeStepPlan,
@@ -10,15 +8,13 @@ import {
   FRAME_KIND,
   FrameAssembler,
   type FrameHeader,
-  partialBytes,
   readFrameHeader,
-  type StepPlan,
   SUBJECTS,
   splitFrame,
   unpackMessage,
   writeFrameHeader,
 } from '@lamina/protocol';
-import { type AttentionSpec, blockBytes } from '@lamina/tensor';
+import { type AttentionSpec, attendBytes, BLOCK_FIELDS, blockBytes, partialBytes, type StepPlan } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test, vi } from 'vitest';
 import { startAttentionShard } from '../../services/attention-shard/src/service.ts';

@@ -63,6 +63,13 @@ export function workItem(id: string, overrides: Partial<WorkItem> = {}): WorkIte
   };
 }
 
+/** Where whoever knows its key publishes work. */
+export async function workSubject(bus: Bus, requestId: string): Promise<string> {
+  const manager = await bus.connection.jetstreamManager();
+  const [subjects] = (await manager.streams.info(STREAMS.work.name)).config.subjects;
+  return subjects!.replace('*', requestId);
+}
+
 /** Nobody may purge them. */
 export async function renewStreams(bus: Bus): Promise<void> {
   const manager = await bus.connection.jetstreamManager();

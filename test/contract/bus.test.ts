@@ -44,10 +44,15 @@ describe('request and reply', () => {
       expect(await client.requestAll(subject, 200), subject).toEqual([expect.any(Uint8Array)]);
   });
 
-  test('every error code and its message survive, diagnostics and causes do not', async () => {
+  const retryAfter: Partial<Record<ErrorCode, number>> = { unavailable: 1_500, overloaded: 0 };
+  test('every error code, its message and when to try again survive, diagnostics and causes do not', async () => {
     await announce();
     server.serve(ENDPOINTS.free, ({ requestId }) => {
-      if (isErrorCode(requestId)) throw new LaminaError(requestId, `it was ${requestId}`, { diagnostics: { a: 1 } });
+      if (isErrorCode(requestId))
+        throw new LaminaError(requestId, `it was ${requestId}`, {
+          diagnostics: { a: 1 },
+          retryAfterMs: retryAfter[requestId],
+        });
       throw new TypeError('secret');
     });
     await server.flush();
@@ -55,8 +60,10 @@ describe('request and reply', () => {
       client.request(ENDPOINTS.free, { requestId, executorId: 'e' }, TIMEOUT).catch((error: unknown) => error);
     const codes = Object.keys(ERROR_CODES) as ErrorCode[];
     const answers = (await Promise.all(codes.map(ask))) as LaminaError[];
-    expect(answers.map(({ code, message, diagnostics }) => ({ code, message, diagnostics }))).toEqual(
-      codes.map((code) => ({ code, message: `it was ${code}`, diagnostics: {} })),
+    expect(
+      answers.map(({ code, message, diagnostics, retryAfterMs }) => ({ code, message, diagnostics, retryAfterMs })),
+    ).toEqual(
+      codes.map((code) => ({ code, message: `it was ${code}`, diagnostics: {}, retryAfterMs: retryAfter[code] })),
     );
     const foreign = (await ask('other')) as LaminaError;
     expect([foreign.code, foreign.message.includes('secret')]).toEqual(['internal', false]);

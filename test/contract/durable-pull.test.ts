@@ -6,12 +6,12 @@ import { cpSync, existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Bus, ensureStreams, type WorkLease, WorkQueue } from '@lamina/bus';
-import { STREAMS, SUBJECTS } from '@lamina/protocol';
+import { STREAMS } from '@lamina/protocol';
 import type { LaminaError } from '@lamina/tensor';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import type { JetStreamManager, Msg } from 'nats';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import { LEASE_MS, workItem } from './bus-bench.ts';
+import { LEASE_MS, workItem, workSubject } from './bus-bench.ts';
 import { connect, eventually } from './in-process.ts';
 
 const { name, durableConsumer } = STREAMS.work;
@@ -93,7 +93,7 @@ test('an item that the consumer counts as done and the stream still has is offer
 async function holdBackAllBut(id: string): Promise<void> {
   const { config } = await manager.consumers.info(name, durableConsumer);
   await manager.consumers.delete(name, durableConsumer);
-  await manager.consumers.add(name, { ...config, filter_subject: SUBJECTS.work(id) });
+  await manager.consumers.add(name, { ...config, filter_subject: await workSubject(bus, id) });
 }
 
 test('an item that nobody holds and that is not offered is offered by a new consumer', async () => {

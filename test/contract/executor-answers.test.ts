@@ -8,6 +8,7 @@ import { ROOT_DIRECTORY } from '@lamina/cli';
 import {
   CLOCK_TOLERANCE_MS,
   decodeTokens,
+  packMessage,
   STREAMS,
   SUBJECTS,
   type TokenMessage,
@@ -20,7 +21,7 @@ import { startDenseExecutor } from '../../services/dense-executor/dist/service.j
 import { startGateway } from '../../services/gateway/src/service.ts';
 import { startKvManager } from '../../services/kv-manager/src/service.ts';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
-import { numQueued, token, workItem } from './bus-bench.ts';
+import { numQueued, token, workItem, workSubject } from './bus-bench.ts';
 import { GATEWAY_FLAGS } from './gateway-bench.ts';
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
 import { store } from './store-answer.ts';
@@ -96,6 +97,15 @@ describe('a cancel', () => {
   });
 });
 
+test('a work item that the executor cannot read, as of another version, is ended with an error', async () => {
+  const { tokenIds, ...rest } = workItem('other-version');
+  bus.publish(await workSubject(bus, 'other-version'), packMessage({ ...rest, prompt: tokenIds }));
+  const [end, ...more] = await answerOf('other-version');
+  expect(more).toEqual([]);
+  expect(end).toMatchObject({ index: 0, token: null, finish_reason: 'error', error: { code: 'protocol_violation' } });
+  expect(end?.error?.message).toMatch(/are they of one version\?.*tokenIds/);
+});
+
 describe('an answer whose beginning the stream has discarded', () => {
   /** A client that has the id, and waits for the last message. */
   async function ask(id: string): Promise<readonly TokenMessage[]> {
@@ -140,7 +150,7 @@ describe('an answer whose beginning the stream has discarded', () => {
   });
 });
 
-test('an item that was handed back often is computed if something was stored each time, and given up if nothing was', async () => {
+test('an item that was handed back often is computed, whether something was stored each time or nothing', async () => {
   await executor.stop();
   const MANY = 12;
   await submit('further', { maxTokens: MANY + NUM_TOKENS });
@@ -161,7 +171,9 @@ test('an item that was handed back often is computed if something was stored eac
   }
   for (const work of held.values()) work.release();
   await startExecutor();
-  expect(await answerOf('vain')).toMatchObject([{ index: 0, token: null, error: { code: 'internal' } }]);
+  expect((await answerOf('vain')).map(({ index }) => index)).toEqual(
+    Array.from({ length: NUM_TOKENS }, (_, index) => index),
+  );
   const answer = await answerOf('further');
   expect(answer.slice(0, MANY).map(({ text }) => text)).toEqual(texts);
   expect(answer.map(({ index }) => index)).toEqual(Array.from({ length: MANY + NUM_TOKENS }, (_, index) => index));

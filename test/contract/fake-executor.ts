@@ -4,7 +4,6 @@
  */
 import type { Bus } from '@lamina/bus';
 import {
-  attendBytes,
   type BlockRef,
   ENDPOINTS,
   emptyFrameHeader,
@@ -13,11 +12,10 @@ import {
   FRAME_KIND,
   type FrameHeader,
   readFrameHeader,
-  type StepPlan,
   SUBJECTS,
   writeFrameHeader,
 } from '@lamina/protocol';
-import type { AttentionSpec } from '@lamina/tensor';
+import { type AttentionSpec, attendBytes, type StepPlan } from '@lamina/tensor';
 import { expect } from 'vitest';
 import { eventually } from './in-process.ts';
 

@@ -1,10 +1,25 @@
 /** The life of an answer at a gateway, over a real nats-server: ids, lost tokens, cancels, deadlines, limits, the end. */
 import type { WorkLease } from '@lamina/bus';
-import { packMessage, STREAMS, SUBJECTS, TOKENS_HEADER } from '@lamina/protocol';
+import { CLOCK_TOLERANCE_MS, packMessage, STREAMS, SUBJECTS, TOKENS_HEADER } from '@lamina/protocol';
 import { describe, expect, test } from 'vitest';
+import { EXECUTOR_ANSWER_MS } from '../../services/gateway/src/relay.ts';
+import { MAX_AT_A_TIME } from '../../services/gateway/src/stray-cancels.ts';
+import { renewStreams, workItem } from './bus-bench.ts';
 import { dropEnded, token } from './gateway-bench.ts';
 import { eventually } from './in-process.ts';
-import { answer, ask, bus, gateway, lease, queue, start, tokens, useGateway, workMessages } from './running-gateway.ts';
+import {
+  answer,
+  ask,
+  bus,
+  gateway,
+  lease,
+  queue,
+  restart,
+  start,
+  tokens,
+  useGateway,
+  workMessages,
+} from './running-gateway.ts';
 import { store } from './store-answer.ts';
 
 useGateway();
@@ -170,6 +185,21 @@ describe('cancel', () => {
     expect(lost.isFinal()).toBe(false);
   });
 
+  test('that has to wait behind others ends nothing that was submitted after it', async () => {
+    const others = Array.from({ length: 6 * MAX_AT_A_TIME }, (_, index) => `other-${index}`);
+    const submit = (id: string) => queue.submit(workItem(id, { submittedAtMs: Date.now() }));
+    await Promise.all(others.map(submit));
+    for (const id of [...others, 'later']) bus.publish(SUBJECTS.cancel(id), new Uint8Array(0));
+    await bus.flush();
+    await new Promise((resolve) => setTimeout(resolve, CLOCK_TOLERANCE_MS + 500));
+    await submit('later');
+    await eventually(async () => ((await tokens.endOf(others.at(-1)!))?.isComplete ? true : undefined), 15_000);
+    // Its turn has come by now, or comes when one more of the others has ended.
+    await new Promise((resolve) => setTimeout(resolve, 3 * EXECUTOR_ANSWER_MS));
+    expect(await tokens.endOf('later')).toBeUndefined();
+    await renewStreams(bus);
+  });
+
   test('of an unknown or malformed id does nothing', async () => {
     bus.publish(SUBJECTS.cancel('nobody'), new Uint8Array(0));
     bus.publish(SUBJECTS.cancel('caf\u00e9'), new Uint8Array(0));
@@ -188,8 +218,7 @@ test('a deadline that passes in the queue is answered', async () => {
 });
 
 test('more prompts than may be open are refused as overloaded', async () => {
-  await gateway.stop();
-  await start(['--max-open-requests', '2']);
+  await restart(['--max-open-requests', '2']);
   const open = [ask('Hi'), ask('Hi')];
   const works = [await lease(), await lease()];
   expect((await ask('Hi').final()).error?.code).toBe('overloaded');

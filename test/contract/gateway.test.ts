@@ -3,6 +3,7 @@ import { packMessage, SUBJECTS } from '@lamina/protocol';
 import { describe, expect, test } from 'vitest';
 import { startGateway } from '../../services/gateway/src/service.ts';
 import { GATEWAY_FLAGS, READY, token } from './gateway-bench.ts';
+import { url } from './http-client.ts';
 import { startInProcess } from './in-process.ts';
 import { answer, ask, bus, gateway, kv, lease, nats, useGateway, workMessages } from './running-gateway.ts';
 
@@ -140,30 +141,27 @@ test('a prompt that nobody could be answered for is not run', async () => {
 });
 
 test('HTTP tells health, metrics and what is not there', async () => {
-  const { httpPort } = Object(gateway.running.stats?.());
-  const url = `http://127.0.0.1:${httpPort}`;
-  const health = await fetch(`${url}/health`);
+  const health = await fetch(`${url()}/health`);
   expect([health.status, await health.json()]).toEqual([
     200,
     { status: 'ok', model: 'lamina-tiny', executors: 1, shards: 1, freeBlocks: 30 },
   ]);
   kv.status = { ...READY, shards: [] };
-  const unwell = await fetch(`${url}/health`);
+  const unwell = await fetch(`${url()}/health`);
   expect([unwell.status, await unwell.json()]).toEqual([
     503,
     { status: 'unavailable', reason: 'no attention-shard is ready' },
   ]);
-  const missing = await fetch(`${url}/nothing`);
+  const missing = await fetch(`${url()}/nothing`);
   expect([missing.status, await missing.json()]).toMatchObject([404, { error: { code: 'invalid_request' } }]);
-  expect((await fetch(`${url}/metrics`)).status).toBe(200);
+  expect((await fetch(`${url()}/metrics`)).status).toBe(200);
 });
 
 test('a port that is taken is said in one line', async () => {
-  const { httpPort } = Object(gateway.running.stats?.());
   const second = startInProcess('gateway', startGateway, nats.url, [
     ...GATEWAY_FLAGS.slice(0, 2),
     '--http-port',
-    String(httpPort),
+    new URL(url()).port,
   ]);
   await expect(second).rejects.toMatchObject({
     code: 'address_in_use',

@@ -1,9 +1,10 @@
 /**
  * Owns a TCP proxy in front of nats-server that holds back what one client sends, as a network does that has not lost it:
- * the client's end can be cut, and what was held comes to the server later.
+ * the client's end can be cut, and what was held comes to the server later. Or that loses what is sent to a client, and then
+ * its connection.
  *
  * Invariants
- * 1. Only connections whose client gives itself the name are held, and only those that were open when it began.
+ * 1. Only connections whose client gives itself the name are held, or lose something, and only those that were open when it began.
  * 2. Bytes reach the server unchanged and in order, or not at all.
  */
 import { once } from 'node:events';
@@ -21,6 +22,7 @@ interface Joined {
   readonly server: Socket;
   name: string;
   held: Held | undefined;
+  isLosing: boolean;
 }
 
 export class HoldingProxy {
@@ -30,6 +32,7 @@ export class HoldingProxy {
   #pattern: RegExp | undefined;
   #text = '';
   #numToPass = 0;
+  #losing: { readonly name: RegExp; readonly isFirst: (chunk: string) => boolean } | undefined;
 
   private constructor(port: number) {
     this.#server = createServer((client) => this.#join(client, connect(port, '127.0.0.1')));
@@ -75,6 +78,26 @@ export class HoldingProxy {
     for (const { server, chunks } of this.#held) server.write(Buffer.concat(chunks.splice(0)));
   }
 
+  /** Loses what is sent to clients of that name, from the chunk on of which `isFirst` says so. */
+  lose(name: RegExp, isFirst: (chunk: string) => boolean): void {
+    this.#losing = { name, isFirst };
+  }
+
+  /** Whether something was lost. */
+  get isLosing(): boolean {
+    return [...this.#joined].some((joined) => joined.isLosing);
+  }
+
+  /** Cuts the clients that lose something: both ends see it. */
+  cutLosing(): void {
+    this.#losing = undefined;
+    for (const { client, server, isLosing } of this.#joined) {
+      if (!isLosing) continue;
+      client.destroy();
+      server.destroy();
+    }
+  }
+
   async stop(): Promise<void> {
     for (const { client, server } of [...this.#joined, ...this.#held]) {
       client.destroy();
@@ -85,11 +108,14 @@ export class HoldingProxy {
   }
 
   #join(client: Socket, server: Socket): void {
-    const joined: Joined = { client, server, name: '', held: undefined };
+    const joined: Joined = { client, server, name: '', held: undefined, isLosing: false };
     this.#joined.add(joined);
     client.setNoDelay(true);
     server.setNoDelay(true);
-    server.on('data', (chunk: Buffer) => void (client.writable && client.write(chunk)));
+    server.on('data', (chunk: Buffer) => {
+      if (this.#losing?.name.test(joined.name)) joined.isLosing ||= this.#losing.isFirst(chunk.toString('latin1'));
+      if (!joined.isLosing && client.writable) client.write(chunk);
+    });
     client.on('data', (chunk: Buffer) => this.#forward(joined, chunk));
     for (const socket of [client, server]) {
       socket.on('error', () => socket.destroy());

@@ -115,7 +115,7 @@ afterEach(async () => {
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
 test('a free that is not confirmed is asked again until it is, and then no more', async () => {
-  await client.allocate('r', 10, 10, 1);
+  await client.allocate('r', 10, 10, 1, 1);
   answer.free = 'silence';
   await client.free('r');
   await eventually(() => (asked.filter((call) => call === 'free r').length >= 3 ? true : undefined));
@@ -130,11 +130,11 @@ test.each([
   ['before', 0],
   ['after', REQUEST_TIMEOUT_MS + 20],
 ])('a free whose confirmation is lost never hits a table that is allocated %s that is known', async (_, waitMs) => {
-  await client.allocate('r', 10, 10, 1);
+  await client.allocate('r', 10, 10, 1, 1);
   answer.free = 'silence';
   const freed = client.free('r');
   await sleep(waitMs);
-  await client.allocate('r', 10, 10, 2);
+  await client.allocate('r', 10, 10, 2, 1);
   await freed;
   answer.free = 'ok';
   await sleep(4 * HEARTBEAT_MS + REQUEST_TIMEOUT_MS);
@@ -142,11 +142,11 @@ test.each([
 });
 
 test('a refused allocate leaves an open free open', async () => {
-  await client.allocate('r', 10, 10, 1);
+  await client.allocate('r', 10, 10, 1, 1);
   answer.free = 'silence';
   const freed = client.free('r');
   answer.allocate = 'overloaded';
-  await expect(client.allocate('r', 10, 10, 1)).rejects.toMatchObject({ code: 'overloaded' });
+  await expect(client.allocate('r', 10, 10, 1, 1)).rejects.toMatchObject({ code: 'overloaded' });
   await freed;
   await eventually(() => (asked.filter((call) => call === 'free r').length >= 2 ? true : undefined));
 });

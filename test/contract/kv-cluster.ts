@@ -2,9 +2,9 @@
  * Owns an executor and a kv-manager, both real, with a bus between them that delays and loses and a socket in which layers
  * are held up; and what must hold of them at every moment.
  */
-import { BLOCK_FIELDS, type BlockRef, decodeStepPlan, ENDPOINTS, EVENTS, FRAME_HEADER_BYTES } from '@lamina/protocol';
+import { type BlockRef, decodeStepPlan, ENDPOINTS, EVENTS, FRAME_HEADER_BYTES } from '@lamina/protocol';
 import { createLogger } from '@lamina/runtime';
-import { type AttentionSpec, asLaminaError } from '@lamina/tensor';
+import { type AttentionSpec, asLaminaError, BLOCK_FIELDS } from '@lamina/tensor';
 import { vi } from 'vitest';
 import { KvClient } from '../../services/dense-executor/src/kv-client.ts';
 import { KvLease } from '../../services/dense-executor/src/kv-lease.ts';

@@ -60,8 +60,8 @@ class Wire {
     const kv: KvCalls = {
       holdsLease: true,
       leaseTerm: 1,
-      allocate: (requestId, numTokens, maxTokens, deliveryCount): Promise<BlockRef[]> =>
-        call(() => manager.allocate({ requestId, executorId, numTokens, maxTokens, deliveryCount })),
+      allocate: (requestId, numTokens, maxTokens, deliveryCount, vainDeliveryCount): Promise<BlockRef[]> =>
+        call(() => manager.allocate({ requestId, executorId, numTokens, maxTokens, deliveryCount, vainDeliveryCount })),
       extend: (requestId, numBlocks, numTokens) =>
         call(() => manager.extend({ requestId, executorId, numBlocks, numTokens })),
       trim: (requestId, numFreedBlocks) => call(() => manager.trim({ requestId, executorId, numFreedBlocks })),

@@ -8,9 +8,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { writeNatsUsers } from '@lamina/cli';
-import { ENDPOINTS, permissionsOf, SERVICE_NAMES, STREAMS, SUBJECTS } from '@lamina/protocol';
+import { ENDPOINTS, permissionsOf, SERVICE_NAMES, STREAMS, SUBJECTS, TOKENS_HEADER } from '@lamina/protocol';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
-import { connect, type JetStreamManager, type NatsConnection } from 'nats';
+import { connect, consumerOpts, type JetStreamManager, type NatsConnection } from 'nats';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { workItem } from './bus-bench.ts';
 import { token } from './gateway-bench.ts';
@@ -127,27 +127,110 @@ test('what JetStream answers a durable-client does as no call of JetStream', asy
   const name = STREAMS.tokens.name;
   await manager.consumers.add(name, { durable_name: 'mine', deliver_subject: '_INBOX.dora.x', idle_heartbeat: 1e8 });
   const before = await cluster();
-  const granted = CALLS.filter((call) =>
-    permissionsOf('durable-client').publish.some((pattern) =>
-      new RegExp(
-        `^${pattern.replaceAll('.', '\\.').replaceAll('$', '\\$').replace(/>$/, '.*').replaceAll('*', '[^.]*')}$`,
-      ).test(call),
-    ),
-  );
-  expect(granted.length).toBeGreaterThan(5);
+  expect(GRANTED.length).toBeGreaterThan(5);
   const bodies = [
     '',
     '{"seq":1}',
     '{"last_by_subj":"lamina.v1.tokens.kept"}',
     '{"stream_name":"LAMINA_TOKENS","config":{}}',
   ];
-  for (const call of granted)
+  for (const call of GRANTED)
     for (const reply of CALLS)
       for (const body of bodies)
         if (!/CONSUMER\.(CREATE|DELETE)/.test(call)) attacker.publish(call, Buffer.from(body), { reply });
   await settle();
   expect(await cluster()).toEqual(before);
 });
+
+test('a durable-client submits prompts, and reads an answer from its start with what nats.js makes of that', async () => {
+  const jetstream = (await attacker.jetstreamManager()).jetstream();
+  expect(await jetstream.publish(SUBJECTS.prompts, 'Hi')).toMatchObject({ stream: STREAMS.prompts.name, seq: 2 });
+  const options = consumerOpts();
+  options.orderedConsumer();
+  const names: (string | undefined)[] = [];
+  const reading = await jetstream.subscribe(SUBJECTS.tokens('kept'), options);
+  for await (const { headers } of reading) if (names.push(headers?.get(TOKENS_HEADER)) === 200) break;
+  reading.unsubscribe();
+  expect(names).toEqual(Array.from({ length: 200 }, (_, index) => `${index}-${index}`));
+});
+
+/** What a durable-client may call, so that the server answers where it likes. */
+const GRANTED = CALLS.filter((call) =>
+  permissionsOf('durable-client').publish.some((pattern) =>
+    new RegExp(
+      `^${pattern.replaceAll('.', '\\.').replaceAll('$', '\\$').replace(/>$/, '.*').replaceAll('*', '[^.]*')}$`,
+    ).test(call),
+  ),
+);
+
+test('nothing that the server answers a durable-client is taken for a work item', async () => {
+  const state = async (): Promise<unknown> => (await manager.streams.info(STREAMS.work.name)).state;
+  const before = await state();
+  const guesses = ['lamina.v1.work.p2', 'lamina.v1.work.x.p2', 'lamina.v1.work.p2.x'];
+  for (const call of [...GRANTED, SUBJECTS.prompts])
+    for (const reply of guesses) attacker.publish(call, Buffer.from('Hi'), { reply });
+  await settle();
+  const queue = new WorkQueue(service);
+  expect([await queue.has('p2'), await queue.waiting()]).toEqual([false, 200]);
+  expect(await state()).toEqual(before);
+  await queue.submit({ ...ITEM, id: 'p2' });
+  expect(await queue.has('p2')).toBe(true);
+});
+
+test('where work items go is told to no durable-client', async () => {
+  const [subject] = (await manager.streams.info(STREAMS.work.name)).config.subjects;
+  const key = subject!.split('.').at(-2)!;
+  expect(key).toMatch(/^[\w-]{20}$/);
+  const said: string[] = [];
+  const hear = (_: unknown, { subject, data }: { subject: string; data: Uint8Array }): void => {
+    said.push(`${subject} ${Buffer.from(data).toString()}`);
+  };
+  attacker.subscribe('_INBOX.dora.>', { callback: hear });
+  attacker.subscribe(SUBJECTS.tokens('*'), { callback: hear });
+  const bodies = [
+    '',
+    '{"subject":"lamina.v1.work.>"}',
+    '{"stream_name":"LAMINA_TOKENS","config":{"name":"x","deliver_subject":"lamina.v1.work.x.y"}}',
+    '{"subjects_filter":">","deleted_details":true}',
+  ];
+  for (const call of [...GRANTED, SUBJECTS.prompts])
+    for (const body of bodies) attacker.publish(call, Buffer.from(body), { reply: '_INBOX.dora.said' });
+  await new WorkQueue(service).submit({ ...ITEM, id: 'told' });
+  await settle();
+  expect(said.length).toBeGreaterThan(GRANTED.length);
+  expect(said.filter((each) => each.includes(key) || each.includes(key.slice(0, 8)))).toEqual([]);
+});
+
+test('what a durable-client has the server store grows the stream of answers by no more than it sends', async () => {
+  const bytes = async (): Promise<number> => (await manager.streams.info(STREAMS.tokens.name)).state.bytes;
+  const reply = SUBJECTS.tokens('junk');
+  const padding = 'x'.repeat(4_000);
+  const consumer = {
+    name: 'mine',
+    description: padding,
+    deliver_subject: '_INBOX.dora.x',
+    ack_policy: 'none',
+    inactive_threshold: 60e9,
+  };
+  const make = { stream_name: STREAMS.tokens.name, config: consumer };
+  await operator.request(`$JS.API.CONSUMER.CREATE.${STREAMS.tokens.name}.mine`, JSON.stringify(make));
+  const growths: Record<string, number> = {};
+  for (const call of GRANTED)
+    for (const body of ['', `{"last_by_subj":"${reply}"}`, '{"subjects_filter":">"}']) {
+      const before = await bytes();
+      let sent = 0;
+      // What is stored may be asked for again, and then stored as a part of what is answered.
+      for (let round = 0; round < 30; round++) {
+        attacker.publish(call, Buffer.from(body), { reply });
+        sent += call.length + body.length + reply.length;
+        await attacker.flush();
+      }
+      await settle();
+      growths[`${call} ${body}`] = ((await bytes()) - before) / sent;
+    }
+  expect(Math.max(...Object.values(growths))).toBeGreaterThan(1);
+  expect(Object.entries(growths).filter(([, growth]) => growth > 16)).toEqual([]);
+}, 60_000);
 
 test('what JetStream pushes to a subject of a durable-client’s choice does as no call of JetStream', async () => {
   const before = await cluster();
@@ -204,7 +287,7 @@ test('what a service says of itself goes to no stream and does as no call', asyn
   const before = await cluster();
   const kinds = ['', `.${name}`, `.${name}.${service.instanceId}`];
   const asked = ['PING', 'INFO', 'STATS'].flatMap((verb) => kinds.map((kind) => `$SRV.${verb}${kind}`));
-  const subjects = [SUBJECTS.work('x'), SUBJECTS.tokens('kept'), SUBJECTS.tokens('x'), ...CALLS];
+  const subjects = [SUBJECTS.work('k', 'x'), SUBJECTS.tokens('kept'), SUBJECTS.tokens('x'), ...CALLS];
   for (const subject of asked)
     for (const reply of subjects) for (const body of ['', '{"batch":1}']) attacker.publish(subject, body, { reply });
   await settle();

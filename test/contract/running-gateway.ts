@@ -48,6 +48,12 @@ export async function start(flags: readonly string[] = []): Promise<void> {
   tokens = new TokenStream(bus, () => undefined);
 }
 
+/** The same with other flags. */
+export async function restart(flags: readonly string[]): Promise<void> {
+  await gateway.stop();
+  await start(flags);
+}
+
 export interface Client {
   readonly messages: TokenMessage[];
   readonly bodies: Uint8Array[];
@@ -86,4 +92,5 @@ export function lease(): Promise<WorkLease> {
 }
 
 export const answer = (work: WorkLease, count?: number): Promise<void> => answerWith(tokens, work, count);
+export const openRequests = (): number => Object(gateway.running.stats?.()).openRequests;
 export const workMessages = (): Promise<number> => messagesIn(bus, 'work');

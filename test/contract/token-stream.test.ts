@@ -141,7 +141,6 @@ describe('the token stream', () => {
       reading.stop();
     }
     expect((await reader.stored('mixed')).tokens).toHaveLength(3);
-    // Who follows sees what the stream refused, too.
     expect(new Set(followed.map(({ index }) => index))).toEqual(new Set([0, 1, 2]));
     following.unsubscribe();
     expect(failures).toEqual([]);
@@ -200,6 +199,57 @@ describe('the token stream', () => {
     expect(reading.messages.map(({ index }) => index)).toEqual([4, 5]);
     expect(await reader.endOf('half')).toMatchObject({ isComplete: true, nextIndex: undefined });
     reading.stop();
+  });
+
+  test('reading what is stored leaves nothing behind', async () => {
+    const manager = await client.connection.jetstreamManager();
+    await store(writer, [token('short', 0, 'stop')]);
+    for (let round = 0; round < 20; round++) expect((await reader.stored('short')).tokens).toHaveLength(1);
+    // The server forgets a consumer some seconds after nobody listens to it any more.
+    await eventually(async () => {
+      const { consumer_count } = (await manager.streams.info(STREAMS.tokens.name)).state;
+      return consumer_count === 0 ? true : undefined;
+    }, 10_000);
+    expect(failures).toEqual([]);
+  }, 20_000);
+
+  test('a long answer is read however long that takes, while messages of it come', async () => {
+    const text = 'x'.repeat(16_384);
+    let last = 0;
+    for (let index = 0; index < 480; index++)
+      last = (await writer.append([{ ...token('long', index), text }], 'json', last))!;
+    let isRead = false;
+    const startMs = performance.now();
+    const keepBusy = (): void => {
+      const untilMs = performance.now() + 120;
+      while (performance.now() < untilMs);
+      if (!isRead) setImmediate(keepBusy);
+    };
+    setImmediate(keepBusy);
+    const { tokens } = await reader.stored('long').finally(() => (isRead = true));
+    expect(tokens).toHaveLength(480);
+    expect(performance.now() - startMs).toBeGreaterThan(5_500);
+  }, 60_000);
+
+  test('who follows is not given what was refused behind what is stored, but told to ask the stream', async () => {
+    const followed: number[] = [];
+    let doubts = 0;
+    const following = reader.follow(
+      'lagging',
+      ({ data }) => followed.push(...decodeTokens(data).map(({ index }) => index)),
+      () => doubts++,
+    );
+    await client.flush();
+    const first = await writer.append([token('lagging', 0)], 'json', 0);
+    const second = await writer.append([token('lagging', 1)], 'json', first!);
+    expect([followed, doubts]).toEqual([[0, 1], 0]);
+    // Of an executor that another has taken over from.
+    const late = ['x', 'y', 'z'].map((text, at) => ({ ...token('lagging', 1 + at), text }));
+    await expect(writer.append(late, 'json', first!)).rejects.toMatchObject({ code: 'duplicate_id' });
+    await writer.append([token('lagging', 2, 'stop')], 'json', second!);
+    await eventually(() => (followed.includes(2) ? true : undefined));
+    expect([followed, doubts]).toEqual([[0, 1, 2], 1]);
+    following.unsubscribe();
   });
 
   test('what can never be stored is reported and refused', async () => {

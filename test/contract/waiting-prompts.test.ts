@@ -9,6 +9,9 @@ import { answerWith, GATEWAY_FLAGS, messagesIn, playKvManager, READY } from './g
 import { connect, eventually, type InProcessService, startInProcess } from './in-process.ts';
 
 const FLAGS = [...GATEWAY_FLAGS, '--max-waiting-work', '1'];
+/** As many as a gateway has in hand: they come back by themselves. */
+const IN_HAND = 32;
+const NUM_WAITING = 2_000;
 let nats: NatsServer;
 let bus: Bus;
 let gateway: InProcessService;
@@ -40,7 +43,7 @@ async function consumer(): Promise<ConsumerInfo> {
 const allTaken = () => eventually(async () => ((await consumer()).num_pending === 0 ? true : undefined), 30_000);
 
 test('2,000 that wait are sent once, and kept with few messages a second', async () => {
-  await publish(2_000);
+  await publish(NUM_WAITING);
   gateway = await startInProcess('gateway', startGateway, nats.url, FLAGS);
   await allTaken();
   const before = { ...gateway.context.bus.connection.stats(), ...(await consumer()) };
@@ -55,6 +58,21 @@ test('2,000 that wait are sent once, and kept with few messages a second', async
   expect(after.delivered.consumer_seq).toBe(before.delivered.consumer_seq);
   expect(after.num_ack_pending).toBeGreaterThan(1_990);
 }, 90_000);
+
+test('of a gateway that dies another is offered the first at once, whatever else had waited there', async () => {
+  await publish(NUM_WAITING);
+  const former = await startInProcess('gateway', startGateway, nats.url, FLAGS);
+  await allTaken();
+  gateway = await startInProcess('gateway', startGateway, nats.url, FLAGS);
+  // Those that were looked at when fewer waited have been kept anew by now.
+  await new Promise((resolve) => setTimeout(resolve, 12_000));
+  const { consumer_seq: before } = (await consumer()).delivered;
+  await former.crash();
+  const startMs = performance.now();
+  const isOffered = async () => ((await consumer()).delivered.consumer_seq - before >= IN_HAND + 10 ? true : undefined);
+  await eventually(isOffered, 30_000);
+  expect(performance.now() - startMs).toBeLessThan(9_000);
+}, 120_000);
 
 test('a gateway that stops or dies leaves them to another, which hands each over once', async () => {
   const ids = await publish(120);

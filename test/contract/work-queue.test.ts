@@ -1,8 +1,8 @@
 import { ACK_WAIT_MS, ensureStreams, type WorkLease, WorkQueue } from '@lamina/bus';
-import { packMessage, STREAMS, SUBJECTS } from '@lamina/protocol';
+import { packMessage, STREAMS } from '@lamina/protocol';
 import type { LaminaError } from '@lamina/tensor';
 import { beforeEach, describe, expect, test } from 'vitest';
-import { client, LEASE_MS, numQueued, renewStreams, server, useBus, workItem } from './bus-bench.ts';
+import { client, LEASE_MS, numQueued, renewStreams, server, useBus, workItem, workSubject } from './bus-bench.ts';
 import { eventually } from './in-process.ts';
 
 useBus();
@@ -122,7 +122,7 @@ describe('the work queue', () => {
 
   test('an id that waits is not taken again, however long it has waited', async () => {
     // Stored without a message id, so the server's window of duplicates does not know it.
-    client.publish(SUBJECTS.work('old'), packMessage(workItem('old')));
+    client.publish(await workSubject(client, 'old'), packMessage(workItem('old')));
     await eventually(async () => ((await numQueued(client)) === 1 ? true : undefined));
     await expect(gateway.submit(workItem('old'))).rejects.toMatchObject({ code: 'duplicate_id' });
     (await leased()).complete();
@@ -152,7 +152,7 @@ describe('the work queue', () => {
   test('an unreadable item is reported and removed, and the next one is leased', async () => {
     const bad = [Buffer.from('hello'), packMessage({ id: 'bad' }), packMessage(workItem('bad', { tokenIds: [] }))];
     for (const body of bad) {
-      client.publish(SUBJECTS.work('bad'), body);
+      client.publish(await workSubject(client, 'bad'), body);
       await eventually(async () => ((await numQueued(client)) === 1 ? true : undefined));
       expect(await lease()).toBeUndefined();
       await eventually(async () => ((await numQueued(client)) === 0 ? true : undefined));
@@ -172,10 +172,50 @@ describe('the work queue', () => {
     await eventually(async () => ((await gateway.has('there')) ? undefined : true));
   });
 
+  test('an item tells when it was submitted, by its gateway or by the server, whichever is earlier', async () => {
+    const beforeMs = Date.now();
+    expect(await gateway.submittedAtMs('told')).toBeUndefined();
+    await gateway.submit(workItem('told', { submittedAtMs: beforeMs - 60_000 }));
+    await gateway.submit(workItem('fast-clock', { submittedAtMs: beforeMs + 60_000 }));
+    expect(await gateway.submittedAtMs('told')).toBe(beforeMs - 60_000);
+    const byServerMs = await gateway.submittedAtMs('fast-clock');
+    expect(byServerMs).toBeGreaterThanOrEqual(beforeMs);
+    expect(byServerMs).toBeLessThanOrEqual(Date.now());
+    await client.connection.jetstream().publish(await workSubject(client, 'unreadable'), 'x');
+    expect(await gateway.submittedAtMs('unreadable')).toBeUndefined();
+  });
+
   test('without the stream a prompt is not taken', async () => {
     const manager = await client.connection.jetstreamManager();
     await manager.streams.delete(STREAMS.work.name);
     await expect(gateway.submit(workItem('nowhere'))).rejects.toMatchObject({ code: 'unavailable' });
     await ensureStreams(client);
+    // Under another key.
+    await gateway.submit(workItem('nowhere'));
+    expect((await leased()).item.id).toBe('nowhere');
+  });
+
+  test('the queue goes on in a stream that was made anew, or that an older Lamina made', async () => {
+    const manager = await client.connection.jetstreamManager();
+    const subjects = async (): Promise<string[]> => (await manager.streams.info(STREAMS.work.name)).config.subjects;
+    const keyed = expect.stringMatching(/^lamina\.v1\.work\.[\w-]{20}\.\*$/);
+    await gateway.submit(workItem('first'));
+    const before = await subjects();
+    expect(before).toEqual([keyed]);
+    await ensureStreams(server);
+    expect(await subjects()).toEqual(before);
+    await renewStreams(client);
+    expect(await subjects()).toEqual([keyed]);
+    expect(await subjects()).not.toEqual(before);
+    expect(await gateway.has('first')).toBe(false);
+    await gateway.submit(workItem('second'));
+    (await leased()).complete();
+    await manager.streams.update(STREAMS.work.name, { subjects: ['lamina.v1.work.*'] });
+    await expect(gateway.submit(workItem('third'))).rejects.toMatchObject({ code: 'unavailable' });
+    client.publish('lamina.v1.work.old', packMessage(workItem('old')));
+    await ensureStreams(client);
+    await gateway.submit(workItem('third'));
+    expect([(await leased()).item.id, (await leased()).item.id]).toEqual(['old', 'third']);
+    expect(await gateway.has('third')).toBe(true);
   });
 });

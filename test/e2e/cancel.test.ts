@@ -4,9 +4,9 @@
  */
 import { readFileSync } from 'node:fs';
 import { ENDPOINTS, type KvStatus, SUBJECTS, type TokenMessage } from '@lamina/protocol';
-import { afterEach, expect, test } from 'vitest';
+import { expect, test } from 'vitest';
 import { percentiles } from '../chaos/report.ts';
-import { startTestCluster, type TestCluster } from '../cluster.ts';
+import { startForTest, type TestCluster } from '../cluster.ts';
 
 const PROMPT = 'Once upon a time, there was a little girl named Lily.';
 /** Some 900 of the 1,024 tokens of the model's context. */
@@ -20,13 +20,9 @@ const STOOD_STILL_MS = 50;
 const WHOLE_PROMPT_STEPS = { prefillChunkTokens: '1024', maxBatchedTokens: '1024' } as const;
 
 let tested: TestCluster;
-afterEach(async ({ task }) => {
-  if (task.result?.state === 'fail') console.log(tested.logs());
-  await tested.stop();
-});
 
 async function start(settings: Record<string, string> = {}): Promise<void> {
-  tested = await startTestCluster({
+  tested = await startForTest({
     attentionShards: 3,
     onExit: () => undefined,
     settings: { kvDtype: 'f32', denseWorkers: '1', spreadAboveTokens: '32', logLevel: 'warn', ...settings },

@@ -11,8 +11,8 @@ import { buildModel, loadTokenizer } from '@lamina/model';
 import { decodeTokens, STREAMS, SUBJECTS } from '@lamina/protocol';
 import { UncutReference } from '@lamina/testkit';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
-import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
-import { startTestCluster, TEST_CACHE_DIRECTORY, type TestCluster } from '../cluster.ts';
+import { beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest';
+import { startForTest, TEST_CACHE_DIRECTORY, type TestCluster } from '../cluster.ts';
 
 const MODEL = join(ROOT_DIRECTORY, 'models', 'lamina-tiny');
 const NUM_PROMPTS = 24;
@@ -33,7 +33,6 @@ let expected: number[][];
 let storeDir: string;
 let nats: NatsServer;
 let bus: Bus;
-let tested: TestCluster | undefined;
 
 beforeAll(async () => {
   const tokenizer = await loadTokenizer(MODEL);
@@ -47,16 +46,12 @@ beforeAll(async () => {
 }, 60_000);
 beforeEach(async () => {
   storeDir = mkdtempSync(join(tmpdir(), 'lamina-store-'));
+  onTestFinished(() => rmSync(storeDir, { recursive: true, force: true }));
   nats = await startNatsServer({ storeDir });
+  // Whichever there is by then.
+  onTestFinished(() => nats.stop());
   await connect();
-});
-afterEach(async ({ task }) => {
-  if (task.result?.state === 'fail') console.log(tested?.logs());
-  await tested?.stop();
-  tested = undefined;
-  await bus.close();
-  await nats.stop();
-  rmSync(storeDir, { recursive: true, force: true });
+  onTestFinished(async () => void (await bus.close()));
 });
 
 async function connect(): Promise<void> {
@@ -64,10 +59,8 @@ async function connect(): Promise<void> {
   await ensureStreams(bus);
 }
 
-async function start(): Promise<TestCluster> {
-  tested = await startTestCluster({ natsUrl: nats.url, onExit: () => undefined, settings: SETTINGS });
-  return tested;
-}
+const start = (): Promise<TestCluster> =>
+  startForTest({ natsUrl: nats.url, onExit: () => undefined, settings: SETTINGS });
 
 /** Publishes one prompt and returns its id, from nothing but the acknowledgement. */
 async function publish(index: number): Promise<string> {

@@ -61,12 +61,13 @@ const TOKEN = { id: 'beside-0', index: 3, token: 5, text: 'x', finish_reason: nu
 export interface Targets {
   readonly shardIds: readonly string[];
   readonly workerId: string;
+  readonly workKey: string;
   /** Ids of $SRV of all services. */
   readonly statusIds: readonly string[];
 }
 
 /** A message that would be taken, for every subject that somebody listens to. */
-export function seedsOf({ shardIds, workerId, statusIds }: Targets): [string, Uint8Array[]][] {
+export function seedsOf({ shardIds, workerId, workKey, statusIds }: Targets): [string, Uint8Array[]][] {
   const bodies: Readonly<Record<keyof typeof ENDPOINTS, object>> = {
     executorHeartbeat: { executorId: 'e1', modelId: 'm', spec: SPEC, originIds: [7] },
     executorLeave: { executorId: 'e1' },
@@ -104,7 +105,7 @@ export function seedsOf({ shardIds, workerId, statusIds }: Targets): [string, Ui
     ...shardIds.map((id): [string, Uint8Array[]] => [SUBJECTS.shardProbe(id), [new Uint8Array(), packMessage({})]]),
     [SUBJECTS.cancel('w'), [packMessage({})]],
     [SUBJECTS.cancel('*'), [packMessage({})]],
-    [SUBJECTS.work('w'), [packMessage(WORK)]],
+    [SUBJECTS.work(workKey, 'w'), [packMessage(WORK)]],
     [SUBJECTS.tokens('nobody'), [packMessage(TOKEN), Buffer.from(JSON.stringify(TOKEN))]],
     ...shardIds.map((id): [string, Uint8Array[]] => [SUBJECTS.shardTensors(id), tensors]),
     [SUBJECTS.workerTensors(workerId, 0, 0), tensors],
@@ -115,7 +116,7 @@ export function seedsOf({ shardIds, workerId, statusIds }: Targets): [string, Ui
 /** A stream confirms there what it takes, whatever the subject; a service must refuse to answer there. */
 const REPLIES = [
   '_INBOX.nobody',
-  SUBJECTS.work('w'),
+  SUBJECTS.work('k', 'w'),
   SUBJECTS.tokens('w'),
   SUBJECTS.prompts,
   SUBJECTS.cancel('w'),

@@ -19,15 +19,16 @@ import { startNatsServer } from '@lamina/testkit/nats-server';
 import { connect, type Msg, type NatsConnection } from 'nats';
 import { afterEach, expect, test } from 'vitest';
 import { startTestCluster, type TestCluster } from '../cluster.ts';
+import { count, IS_LONG, secondsSince, tell } from '../fuzz-report.ts';
 import { randomOf } from '../mutate.ts';
 
-const IS_LONG = process.env.LAMINA_FUZZ === 'long';
 /** Hostile frames for each way to be hostile. */
 const CASES = IS_LONG ? 10_000 : 200;
 const REMEMBERED = 256;
-/** What fails the step in flight, which then runs again: of so many frames one. More, and no step would ever end. */
-const HARM_ONE_IN = 100;
+/** What fails the step in flight, which then runs again: at most one of so many frames. More, and no step would ever end. */
+const HARM_ONE_IN = 50;
 const HARMFUL_CASES = CASES / 20;
+const TELL_EVERY_MS = 15_000;
 
 let tested: TestCluster | undefined;
 const cleanUp: (() => Promise<void> | void)[] = [];
@@ -93,9 +94,13 @@ const HARMFUL: Readonly<Record<string, Way>> = {
     isTensor(heard)
       ? under(heard, { kind: heard.header.kind === FRAME_KIND.attend ? FRAME_KIND.partial : FRAME_KIND.attend })
       : undefined,
+  // A partial output under the other shard's number would be a wrong tensor under a right header.
   'of another shard, the next layer': (heard, _, random) =>
     isTensor(heard)
-      ? under(heard, { layer: heard.header.layer + 1, shardIndex: heard.header.shardIndex + 1 + random(1_000) })
+      ? under(heard, {
+          layer: heard.header.layer + 1,
+          shardIndex: heard.header.kind === FRAME_KIND.attend ? 1 - heard.header.shardIndex : 2 + random(1_000),
+        })
       : undefined,
   'of a layer that is none': (heard, _, random) =>
     isTensor(heard) ? under(heard, { layer: 1_000 + random(60_000) }) : undefined,
@@ -111,6 +116,27 @@ const HARMFUL: Readonly<Record<string, Way>> = {
   },
 };
 
+const ALL_HARMFUL = Object.keys(HARMFUL).length * HARMFUL_CASES;
+const ALL_CASES = Object.keys(HARMLESS).length * CASES + ALL_HARMFUL;
+/** Times that the KV of a request is computed again: for that, four frames in a row have to hit steps of it. */
+const MAX_RECOVERIES = Math.ceil(ALL_HARMFUL / 100);
+
+/** Of all executors, since they started. */
+async function metricsOf(httpUrl: string): Promise<Record<string, number>> {
+  const text = await (await fetch(`${httpUrl}/metrics`)).text();
+  const sumOf = (name: string): number =>
+    [...text.matchAll(new RegExp(`^${name}(?:\\{.*\\})? (.*)$`, 'gm'))].reduce(
+      (sum, [, value]) => sum + Number(value),
+      0,
+    );
+  return {
+    steps: sumOf('lamina_steps_total'),
+    'failed steps': sumOf('lamina_failed_steps_total'),
+    recoveries: sumOf('lamina_recoveries_total'),
+    'prompt tokens': sumOf('lamina_prefilled_tokens_total'),
+  };
+}
+
 /** Hears every tensor frame, and sends one after it that is hostile, until every way had its cases. */
 class Hostility {
   readonly numSent = new Map<string, number>();
@@ -120,12 +146,19 @@ class Hostility {
   readonly #random = randomOf(31);
   readonly #former: Heard[] = [];
   #numHeard = 0;
+  #numSinceHarm = 0;
 
   constructor(nats: NatsConnection) {
     this.#nats = nats;
     nats.subscribe(SUBJECTS.shardTensors('x').replace('shard.x', '>'), {
       callback: (_, message) => this.#hear(message),
     });
+  }
+
+  get numSentInAll(): number {
+    let sum = 0;
+    for (const numSent of this.numSent.values()) sum += numSent;
+    return sum;
   }
 
   get isOver(): boolean {
@@ -136,17 +169,22 @@ class Hostility {
     const header = emptyFrameHeader();
     if (data.length < FRAME_HEADER_BYTES) return;
     readFrameHeader(data, header);
-    const heard: Heard = { subject, reply, data: Uint8Array.from(data), header };
-    const isHarm = ++this.#numHeard % HARM_ONE_IN === 0;
-    const ways = isHarm ? this.#harmful : this.#harmless;
+    const heard: Heard = { subject, reply, data: new Uint8Array(data), header };
+    // As soon as a frame comes with which one of the ways that are left can do something.
+    if (++this.#numSinceHarm >= HARM_ONE_IN && this.#send(heard, this.#harmful, HARMFUL_CASES)) this.#numSinceHarm = 0;
+    else this.#send(heard, this.#harmless, CASES);
+    this.#former[++this.#numHeard % REMEMBERED] = heard;
+  }
+
+  #send(heard: Heard, ways: Map<string, Way>, cases: number): boolean {
     const [name, way] = [...ways][this.#random(ways.size)] ?? [];
     const hostile = way?.(heard, this.#former, this.#random);
-    this.#former[this.#numHeard % REMEMBERED] = heard;
-    if (name === undefined || hostile === undefined) return;
+    if (name === undefined || hostile === undefined) return false;
     this.#nats.publish(hostile.subject, hostile.data, hostile.reply === undefined ? {} : { reply: hostile.reply });
     const numSent = 1 + (this.numSent.get(name) ?? 0);
     this.numSent.set(name, numSent);
-    if (numSent >= (isHarm ? HARMFUL_CASES : CASES)) ways.delete(name);
+    if (numSent >= cases) ways.delete(name);
+    return true;
   }
 }
 
@@ -176,9 +214,28 @@ test(
     const nats = await connect({ servers: server.url, noEcho: true });
     cleanUp.unshift(() => nats.close());
     const hostility = new Hostility(nats);
+    const startedMs = performance.now();
+    const metricsBefore = await metricsOf(cluster.httpUrl);
+    const done = async (): Promise<string> => {
+      const metrics = await metricsOf(cluster.httpUrl);
+      const grown = Object.entries(metrics).map(
+        ([name, value]) => `${count(value - (metricsBefore[name] ?? 0))} ${name}`,
+      );
+      return `${count(numAnswers)} answers, ${grown.join(', ')}, in ${secondsSince(startedMs)}`;
+    };
     let numAnswers = 0;
-    for (; !hostility.isOver; numAnswers += requests.length) expect(await answerAll()).toEqual(expected);
-    console.log(`${numAnswers} answers;`, Object.fromEntries(hostility.numSent));
+    let toldAtMs = startedMs;
+    for (; !hostility.isOver; numAnswers += requests.length) {
+      expect(await answerAll()).toEqual(expected);
+      if (performance.now() - toldAtMs < TELL_EVERY_MS) continue;
+      toldAtMs = performance.now();
+      tell(`${count(hostility.numSentInAll)} of ${count(ALL_CASES)} hostile frames; ${await done()}`);
+    }
+    console.log(`${count(hostility.numSentInAll)} hostile frames; ${await done()}`);
+    console.log(Object.fromEntries(hostility.numSent));
+    // A frame costs no more than a step: KV that is computed again would cost what its request has computed so far.
+    const { recoveries } = await metricsOf(cluster.httpUrl);
+    expect(recoveries! - metricsBefore.recoveries!).toBeLessThanOrEqual(MAX_RECOVERIES);
     const { shards } = await cluster.bus.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 2_000 });
     expect(shards.map(({ kernel, usedBlocks }) => [kernel.startsWith('native'), usedBlocks])).toEqual([
       [true, 0],

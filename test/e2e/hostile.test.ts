@@ -14,9 +14,9 @@ import { startNatsServer } from '@lamina/testkit/nats-server';
 import { connect } from 'nats';
 import { afterEach, expect, test } from 'vitest';
 import { startTestCluster, type TestCluster, type TestClusterOptions } from '../cluster.ts';
+import { count, IS_LONG, megabytes, secondsSince, tell } from '../fuzz-report.ts';
 import { flood, floodDurablePrompts, floodHttp, floodPrompts, HTTP_PROMPTS, HTTP_REQUESTS, seedsOf } from './flood.ts';
 
-const IS_LONG = process.env.LAMINA_FUZZ === 'long';
 const CASES = IS_LONG ? 10_000 : 200;
 const MAX_GROWTH_BYTES = 96e6;
 /** In which all durable prompts are answered when the flood is over. */
@@ -63,7 +63,9 @@ test(
     const announced = await Promise.all(
       Object.values(SERVICE_NAMES).map((name) => cluster.bus.serviceStats(name, 500)),
     );
+    const work = await (await nats.jetstreamManager()).streams.info(STREAMS.work.name);
     const seeds = seedsOf({
+      workKey: work.config.subjects[0]!.split('.').at(-2)!,
       shardIds: shards.map(({ shardId }) => shardId),
       workerId: `${executor.metadata.instance}-0`,
       statusIds: announced.flat().map(({ id }) => id),
@@ -73,11 +75,21 @@ test(
     const services = (['gateway', 'kv-manager', 'dense-executor', 'attention-shard'] as const).flatMap((kind) =>
       cluster.processes(kind).map((child) => ({ kind, pid: child.pid })),
     );
+    const timed = async (cases: number, what: string, sent: Promise<unknown>): Promise<void> => {
+      const startedMs = performance.now();
+      await sent;
+      tell(`${count(cases)} ${what}: ${secondsSince(startedMs)}`);
+    };
     const round = async (cases: number): Promise<void> => {
-      for (const [subject, messages] of seeds) await flood(nats, subject, messages, cases);
-      await floodPrompts(nats, Math.ceil(cases / 2));
-      for (const id of await floodDurablePrompts(nats, cases)) durableIds.add(id);
-      for (const texts of [HTTP_PROMPTS, HTTP_REQUESTS]) await floodHttp(httpPort, texts, cases);
+      for (const [subject, messages] of seeds)
+        await timed(cases, `messages on ${subject}`, flood(nats, subject, messages, cases));
+      const numPrompts = Math.ceil(cases / 2);
+      await timed(numPrompts, 'prompts', floodPrompts(nats, numPrompts));
+      const durable = floodDurablePrompts(nats, cases);
+      await timed(cases, 'durable prompts', durable);
+      for (const id of await durable) durableIds.add(id);
+      await timed(cases, 'HTTP requests for answers', floodHttp(httpPort, HTTP_PROMPTS, cases));
+      await timed(cases, 'HTTP requests about requests', floodHttp(httpPort, HTTP_REQUESTS, cases));
     };
 
     let isDone = false;
@@ -104,9 +116,9 @@ test(
     expect(texts.length).toBeGreaterThan(1);
     expect([...new Set(texts)]).toEqual([expected]);
     const grown = services.map(({ kind, pid }, index) => ({ kind, bytes: residentBytes(pid) - before[index]! }));
+    const memory = grown.map(({ kind, bytes }, index) => `${kind} ${megabytes(before[index]!)} + ${megabytes(bytes)}`);
     console.log(
-      grown.map(({ kind, bytes }) => `${kind} ${(bytes / 1e6).toFixed(1)} MB`).join(', '),
-      `${texts.length} answers, ${numRefused} refused`,
+      `resident memory, first flood + second: ${memory.join(', ')}; ${texts.length} answers, ${numRefused} refused`,
     );
     expect(grown.filter(({ bytes }) => bytes > MAX_GROWTH_BYTES)).toEqual([]);
     await expectAnswers(cluster.bus, durableIds);

@@ -11,8 +11,8 @@ import { buildModel, loadTokenizer, type Tokenizer } from '@lamina/model';
 import { ENDPOINTS, type KvStatus, SUBJECTS, type TokenMessage } from '@lamina/protocol';
 import { UncutReference } from '@lamina/testkit';
 import { startNatsServer } from '@lamina/testkit/nats-server';
-import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
-import { startTestCluster, TEST_CACHE_DIRECTORY, type TestCluster, type TestClusterOptions } from '../cluster.ts';
+import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest';
+import { startForTest, TEST_CACHE_DIRECTORY, type TestCluster, type TestClusterOptions } from '../cluster.ts';
 
 const MODEL = join(ROOT_DIRECTORY, 'models', 'lamina-tiny');
 const PROMPT = 'Once upon a time, there was a little girl named Lily.';
@@ -31,22 +31,15 @@ const FAST: ServiceSettings = {
 let tokenizer: Tokenizer;
 let reference: UncutReference;
 let tested: TestCluster;
-/** What is to be closed after the cluster. */
-const cleanUp: (() => Promise<void> | void)[] = [];
 
 beforeAll(async () => {
   tokenizer = await loadTokenizer(MODEL);
   reference = await UncutReference.load(await buildModel(MODEL, { cacheDir: TEST_CACHE_DIRECTORY }));
 }, 60_000);
 afterAll(() => reference.release());
-afterEach(async ({ task }) => {
-  if (task.result?.state === 'fail') console.log(tested.logs());
-  await tested.stop();
-  for (const each of cleanUp.splice(0).reverse()) await each();
-});
 
 async function start(options: TestClusterOptions = {}): Promise<void> {
-  tested = await startTestCluster({ onExit: () => undefined, ...options, settings: { ...FAST, ...options.settings } });
+  tested = await startForTest({ onExit: () => undefined, ...options, settings: { ...FAST, ...options.settings } });
 }
 
 const promptOf = (index: number): string => `${PROMPT} ${'Tom. '.repeat(index)}`;
@@ -171,9 +164,9 @@ test('a kv-manager that is killed costs a prefill', async () => {
 
 test('a nats-server that is killed and comes back loses no token', async () => {
   const storeDir = mkdtempSync(join(tmpdir(), 'lamina-store-'));
-  cleanUp.push(() => rmSync(storeDir, { recursive: true, force: true }));
+  onTestFinished(() => rmSync(storeDir, { recursive: true, force: true }));
   let nats = await startNatsServer({ storeDir });
-  cleanUp.push(() => nats.stop());
+  onTestFinished(() => nats.stop());
   await start({ natsUrl: nats.url });
   const stream = new TokenStream(tested.cluster.bus, () => undefined);
   for (const downMs of [0, 1_500]) {

@@ -11,17 +11,8 @@ import { ROOT_DIRECTORY, writeNatsUsers } from '@lamina/cli';
 import { decodeTokens, ENDPOINTS, SERVICE_NAMES } from '@lamina/protocol';
 import { startNatsServer } from '@lamina/testkit/nats-server';
 import { connect } from 'nats';
-import { afterEach, expect, test } from 'vitest';
-import { startTestCluster, type TestCluster } from '../cluster.ts';
-
-let tested: TestCluster | undefined;
-const cleanUp: (() => Promise<void> | void)[] = [];
-afterEach(async ({ task }) => {
-  if (task.result?.state === 'fail' && tested !== undefined) console.log(tested.logs());
-  await tested?.stop();
-  tested = undefined;
-  for (const each of cleanUp.splice(0).reverse()) await each();
-});
+import { expect, onTestFinished, test } from 'vitest';
+import { startForTest } from '../cluster.ts';
 
 const REQUEST = { prompt: 'Once upon a time', temperature: 0, max_tokens: 20, ignore_eos: true };
 
@@ -33,7 +24,7 @@ function secretsIn(directory: string): string[] {
 
 test('a cluster of its own users asks for nothing that it may not do, and logs no password', async () => {
   const lines: string[] = [];
-  tested = await startTestCluster({ settings: { logLevel: 'trace' }, onLine: (_, line) => void lines.push(line) });
+  const tested = await startForTest({ settings: { logLevel: 'trace' }, onLine: (_, line) => void lines.push(line) });
   const { cluster } = tested;
   const answer = await tested.generate(REQUEST);
   expect(answer.at(-1)).toMatchObject({ finish_reason: 'length', index: 19 });
@@ -69,7 +60,7 @@ test('a cluster of its own users asks for nothing that it may not do, and logs n
 
 test('a cluster runs over TLS, and nothing runs without it', async () => {
   const directory = mkdtempSync(join(tmpdir(), 'lamina-tls-'));
-  cleanUp.push(() => rmSync(directory, { recursive: true, force: true }));
+  onTestFinished(() => rmSync(directory, { recursive: true, force: true }));
   const certificates = join(directory, 'certificates');
   execFileSync(join(ROOT_DIRECTORY, 'deploy', 'make-certificates.sh'), [certificates, 'localhost', '127.0.0.1']);
   const users = join(directory, 'users');
@@ -80,11 +71,11 @@ test('a cluster runs over TLS, and nothing runs without it', async () => {
       `tls { cert_file: "${certificates}/server.pem", key_file: "${certificates}/server-key.pem" }`,
     ].join('\n'),
   });
-  cleanUp.push(() => nats.stop());
+  onTestFinished(() => nats.stop());
   const natsTlsCaFile = join(certificates, 'ca.pem');
   const natsUrl = nats.url.replace('nats://', 'tls://');
   const settings = { natsPasswordFile: users, natsTlsCaFile };
-  tested = await startTestCluster({ natsUrl, settings });
+  const tested = await startForTest({ natsUrl, settings });
   expect((await tested.generate(REQUEST)).at(-1)).toMatchObject({ finish_reason: 'length', index: 19 });
   const health = execFileSync(
     process.execPath,
@@ -117,7 +108,7 @@ test('a cluster runs over TLS, and nothing runs without it', async () => {
   ).rejects.toMatchObject({ code: 'config_invalid', message: expect.stringContaining('no.pem') });
   // A server without TLS is not spoken to in clear.
   const plain = await startNatsServer();
-  cleanUp.push(() => plain.stop());
+  onTestFinished(() => plain.stop());
   await expect(
     Bus.connect({ ...options, url: plain.url, access: { user: 'x', tlsCaFile: natsTlsCaFile } }, events),
   ).rejects.toMatchObject({ code: 'nats_unreachable' });

@@ -7,7 +7,8 @@ import type { Service } from '@lamina/runtime';
 import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
 import { ChaosCluster } from '../chaos/chaos-cluster.ts';
 import { Random } from '../chaos/random.ts';
-import { type Answers, type ChaosRequest, makeRequests, sleep, Workload } from '../chaos/workload.ts';
+import { type ChaosRequest, makeRequests, sleep } from '../chaos/requests.ts';
+import { type Answers, Workload } from '../chaos/workload.ts';
 
 const SERVICES = ['gateway', 'dense-executor', 'attention-shard', 'kv-manager'] as const satisfies readonly Service[];
 const CONCURRENCY = 8;

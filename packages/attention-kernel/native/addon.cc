@@ -199,15 +199,13 @@ napi_value arm_step(napi_env env, napi_callback_info info) {
   if (kernel->frames == nullptr || box->step == nullptr || box->armed != nullptr)
     return fail(env, "the kernel has no frame handler, or the step has ended or is armed");
   const KvShape& shape = kernel->engine.shape;
-  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
-  const size_t cells = size_t(box->step->num_query_rows) * shape.num_heads;
-  const size_t kv_cells = size_t(box->step->num_kv_rows) * shape.num_kv_heads;
+  const LayerBytes bytes = layer_bytes(*box->step, shape);
   if (expected.length != kFrameHeaderBytes || state.length != kNumStepStates ||
-      kv_tokens.length != size_t(shape.num_layers) || answer.length != kFrameHeaderBytes + cells * (head_bytes + 4))
+      kv_tokens.length != size_t(shape.num_layers) || answer.length != kFrameHeaderBytes + bytes.partial)
     return fail(env, "lengths do not fit the step");
   armed->step = box->step;
   std::memcpy(armed->expected, expected.data, kFrameHeaderBytes);
-  armed->attend_bytes = head_bytes * (cells + 2 * kv_cells);
+  armed->attend_bytes = bytes.attend;
   armed->answer = answer.data;
   armed->answer_bytes = answer.length;
   armed->state = state.data;
@@ -236,12 +234,8 @@ napi_value attend(napi_env env, napi_callback_info info) {
       !read_int32(env, args[5], &id))
     return nullptr;
   const KvShape& shape = kernel->engine.shape;
-  const Step& step = *box->step;
-  const size_t cells = size_t(step.num_query_rows) * shape.num_heads;
-  const size_t kv_cells = size_t(step.num_kv_rows) * shape.num_kv_heads;
-  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
-  if (layer < 0 || layer >= shape.num_layers || qkv.length != head_bytes * (cells + 2 * kv_cells) ||
-      out.length != cells * (head_bytes + 4))
+  const LayerBytes bytes = layer_bytes(*box->step, shape);
+  if (layer < 0 || layer >= shape.num_layers || qkv.length != bytes.attend || out.length != bytes.partial)
     return fail(env, "layer or buffer length does not fit the step");
   Job job{uint32_t(id), box->step, layer, qkv.data, out.data};
   const bool is_done = kernel->engine.division_of(job).is_brief && run_at_once(*kernel, job);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "score_rules.h"
+#include "slab.h"
 
 namespace lamina {
 
@@ -72,5 +73,18 @@ struct Step {
   int32_t rows_per_store_unit;
   int32_t num_store_units;
 };
+
+/** Bytes of one layer: q, k and v, and its o and lse. As attendBytes and partialBytes of packages/tensor/src/step-plan.ts. */
+struct LayerBytes {
+  size_t attend;
+  size_t partial;
+};
+
+inline LayerBytes layer_bytes(const Step& step, const KvShape& shape) {
+  const size_t head_bytes = size_t(shape.head_dim) * element_bytes(shape);
+  const size_t cells = size_t(step.num_query_rows) * shape.num_heads;
+  const size_t kv_cells = size_t(step.num_kv_rows) * shape.num_kv_heads;
+  return {head_bytes * (cells + 2 * kv_cells), cells * (head_bytes + 4)};
+}
 
 }  // namespace lamina

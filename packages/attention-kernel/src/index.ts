@@ -7,7 +7,6 @@ export type {
   KernelStep,
   LayerFrames,
   SimdVariant,
-  StepPlan,
 } from './kernel.ts';
 export { type ArmedAnswer, type FrameCounts, newStepState, STEP_STATE } from './layer-frames.ts';
 export { type VectorOps, vectorOps } from './vector-ops.ts';

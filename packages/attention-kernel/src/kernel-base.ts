@@ -7,8 +7,8 @@
  * 2. qkv, out and done are held here from attend until done: nobody else needs to keep them alive.
  * 3. The slab is freed only when nothing is in flight.
  */
-import { type KvLayout, LaminaError } from '@lamina/tensor';
-import type { AttentionKernel, KernelName, KernelStep, LayerFrames, StepPlan } from './kernel.ts';
+import { type KvLayout, LaminaError, type StepPlan } from '@lamina/tensor';
+import type { AttentionKernel, KernelName, KernelStep, LayerFrames } from './kernel.ts';
 import { type CheckedPlan, checkAttend, checkPlan } from './plan-check.ts';
 
 export class Step<State> implements KernelStep {

@@ -8,28 +8,8 @@
  *    is so brief that a thread would take longer to wake.
  * 4. q, k, v and o are of the dtype of the KV: f16 loses nothing of K and V, and of q and o no more than of K and V.
  */
-import type { KvLayout } from '@lamina/tensor';
+import type { KvLayout, StepPlan } from '@lamina/tensor';
 import type { ArmedAnswer, FrameCounts, NativeFrameHandler } from './layer-frames.ts';
-
-/** Which queries of one step see which blocks; the same for all layers of the step. Never mutated by the kernel. */
-export interface StepPlan {
-  readonly numQueryRows: number;
-  readonly numKvRows: number;
-  /**
-   * [numSegments, 5] int32: queryRowStart, numQueries, firstPosition (absolute position of the first query; the rest are
-   * consecutive), blockStart, numBlocks (range in `blocks`). One segment per request. A query row that belongs to no
-   * segment sees no key.
-   */
-  readonly segments: Int32Array;
-  /**
-   * [numBlockRefs, 3] int32: physicalBlock, firstPosition (absolute position of the block's first token, a multiple of
-   * blockSizeTokens), numTokens (valid tokens in the block after this step's append). Ordered by firstPosition inside a
-   * segment; positions may have holes, because a request's other blocks live on other shards.
-   */
-  readonly blocks: Int32Array;
-  /** [numKvRows] int32: physicalBlock * blockSizeTokens + offset, where row i of k and v is stored before attention runs. */
-  readonly kvSlots: Int32Array;
-}
 
 /** A checked plan, opaque but for the plan itself. */
 export interface KernelStep {

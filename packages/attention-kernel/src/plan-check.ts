@@ -6,21 +6,20 @@
  * 2. Every query row belongs to exactly one segment of a CheckedPlan (rows of no request get a segment without blocks).
  * 3. No two kv rows share a slot, and no two blocks of a segment share a position.
  */
-import { elementBytes, type KvLayout, LaminaError } from '@lamina/tensor';
-import type { StepPlan } from './kernel.ts';
+import {
+  attendBytes,
+  BLOCK_FIELDS,
+  type KvLayout,
+  LaminaError,
+  partialBytes,
+  SEGMENT_FIELDS,
+  type StepPlan,
+} from '@lamina/tensor';
 
-export const SEGMENT_FIELDS = 5;
-export const BLOCK_FIELDS = 3;
 const MAX_POSITION = 2 ** 31 - 1;
 
-/** A copy of a plan that kernels may trust; the arrays are as in StepPlan. */
-export interface CheckedPlan {
-  readonly numQueryRows: number;
-  readonly numKvRows: number;
-  readonly segments: Int32Array;
-  readonly blocks: Int32Array;
-  readonly kvSlots: Int32Array;
-}
+/** A copy of a plan that kernels may trust. */
+export type CheckedPlan = StepPlan;
 
 function violation(what: string): LaminaError {
   return new LaminaError('protocol_violation', `attention step plan: ${what}`);
@@ -188,13 +187,11 @@ export function checkAttend(
   if (!Number.isInteger(layer) || layer < 0 || layer >= layout.numLayers) {
     throw new LaminaError('protocol_violation', `attend: layer ${layer} of a model with ${layout.numLayers} layers`);
   }
-  const cells = plan.numQueryRows * layout.numHeads;
-  const headBytes = layout.headDim * elementBytes(layout.kvDtype);
-  const qkvBytes = headBytes * (cells + 2 * plan.numKvRows * layout.numKvHeads);
+  const qkvBytes = attendBytes(plan, layout);
   if (qkv.byteLength !== qkvBytes) {
     throw new LaminaError('protocol_violation', `attend: qkv has ${qkv.byteLength} bytes, the step needs ${qkvBytes}`);
   }
-  const outBytes = cells * (headBytes + 4);
+  const outBytes = partialBytes(plan.numQueryRows, layout);
   if (out.byteLength !== outBytes) {
     throw new LaminaError('protocol_violation', `attend: out has ${out.byteLength} bytes, the step needs ${outBytes}`);
   }

@@ -5,9 +5,17 @@
  * 1. One attend per macrotask, so `done` is always asynchronous and timers run between attends (not within one).
  * 2. Weights are relative to a running maximum, so nothing overflows; sums are float64, results float32.
  */
-import { asLaminaError, elementBytes, floatsToHalves, halvesToFloats, type KvLayout } from '@lamina/tensor';
+import {
+  asLaminaError,
+  BLOCK_FIELDS,
+  elementBytes,
+  floatsToHalves,
+  halvesToFloats,
+  type KvLayout,
+  SEGMENT_FIELDS,
+} from '@lamina/tensor';
 import { KernelBase, type PendingAttend } from './kernel-base.ts';
-import { BLOCK_FIELDS, type CheckedPlan, SEGMENT_FIELDS } from './plan-check.ts';
+import type { CheckedPlan } from './plan-check.ts';
 import { PortableSlab } from './portable-slab.ts';
 
 /** Queries that share one conversion of a block to float32. */

@@ -1,8 +1,7 @@
 /** Owns the proof that no plan can make a kernel touch memory that it should not. */
-import { LaminaError } from '@lamina/tensor';
+import { LaminaError, type StepPlan } from '@lamina/tensor';
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
-import type { StepPlan } from '../src/kernel.ts';
 import { checkPlan } from '../src/plan-check.ts';
 import { emptyPlan, makeLayout } from './support.ts';
 

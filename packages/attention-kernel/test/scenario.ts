@@ -6,8 +6,8 @@
  * 1. A request's blocks here are scattered over the slab in random order.
  * 2. K and V come from the request's seed, so every kernel sees the same numbers.
  */
-import type { KvLayout } from '@lamina/tensor';
-import type { AttentionKernel, StepPlan } from '../src/kernel.ts';
+import type { KvLayout, StepPlan } from '@lamina/tensor';
+import type { AttentionKernel } from '../src/kernel.ts';
 import {
   attend,
   type Comparison,

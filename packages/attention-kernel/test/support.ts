@@ -5,9 +5,16 @@
  * 1. The oracle keeps KV per request and position and knows nothing of blocks, slots, tiles or running maxima.
  * 2. Everything random comes from the seed.
  */
-import { elementBytes, float16BitsToFloat32, float32ToFloat16Bits, type KvDtype, type KvLayout } from '@lamina/tensor';
+import {
+  elementBytes,
+  float16BitsToFloat32,
+  float32ToFloat16Bits,
+  type KvDtype,
+  type KvLayout,
+  type StepPlan,
+} from '@lamina/tensor';
 import { createKernel } from '../src/create-kernel.ts';
-import type { AttentionKernel, KernelStep, SimdVariant, StepPlan } from '../src/kernel.ts';
+import type { AttentionKernel, KernelStep, SimdVariant } from '../src/kernel.ts';
 import { loadNativeAddon } from '../src/native-addon.ts';
 
 export class Random {

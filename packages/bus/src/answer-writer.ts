@@ -4,12 +4,12 @@
  * Invariants
  * 1. One message is under way at a time; tokens that come meanwhile share the next one. So the stored order is the order
  *    of the tokens, and what waits is bounded by the answer.
- * 2. A message that was not confirmed is published again under the same Nats-Msg-Id, until it is or the bus is closed:
- *    a connection that was lost for a while costs time and no token.
+ * 2. A message that was not confirmed is published again behind the same message as before, until it is or the bus is closed: a
+ *    connection that was lost for a while costs time and no token, and no message is stored twice (token-stream.ts).
  * 3. A message that can never be stored ends the answer: an error takes its place, and nothing is taken after it.
  * 4. When another process has written to the answer, nothing more is published, not even an end.
  */
-import type { TokenMessage, WireEncoding } from '@lamina/protocol';
+import { errorBodyOf, type TokenMessage, type WireEncoding } from '@lamina/protocol';
 import { asLaminaError, type LaminaError } from '@lamina/tensor';
 import type { TokenStream } from './token-stream.ts';
 
@@ -109,14 +109,13 @@ export class AnswerWriter {
     }
     this.#isRefused = true;
     const { id, index } = first;
-    const body = { code: error.code, message: error.message };
     this.#waiting.splice(0, this.#waiting.length, {
       id,
       index,
       token: null,
       text: '',
       finish_reason: 'error',
-      error: body,
+      error: errorBodyOf(error),
     });
     this.#onRefused(error);
   }

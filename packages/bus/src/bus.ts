@@ -3,14 +3,16 @@
  *
  * Invariants
  * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
- * 2. Replies are `{ok: ...}` or `{error: {code, message}}`, so an error code survives the hop.
+ * 2. Replies are `{ok: ...}` or `{error: {code, message, retryAfterMs?}}`, so an error survives the hop.
  * 3. A caller of an endpoint or of $SRV is not answered on a subject of Lamina or of the server (`reply-guard.ts`).
  * 4. Tensors do not pass here, unless there is no native link (open-tensor-link.ts).
  */
 import {
   type Endpoint,
   type EventSubject,
+  errorBodyOf,
   errorBodySchema,
+  errorOf,
   packMessage,
   parseMessage,
   SUBJECTS,
@@ -29,6 +31,7 @@ import {
   type Service,
 } from 'nats';
 import { type BusOptions, connectToNats } from './connection.ts';
+import { NO_RESPONDERS_STATUS } from './jetstream-codes.ts';
 import { guardDiscovery, isForbiddenReply, secretInboxPrefix } from './reply-guard.ts';
 import { StreamPublisher } from './stream-publisher.ts';
 
@@ -71,9 +74,6 @@ export interface BusEvents {
   /** A handler failed or a message was malformed: for the log and the error counter. */
   readonly onError: (error: LaminaError, subject: string) => void;
 }
-
-/** Status of the server's answer to a request on a subject without listeners. */
-const NO_RESPONDERS_STATUS = 503;
 
 function isNoResponders(message: Msg): boolean {
   return message.data.length === 0 && message.headers?.code === NO_RESPONDERS_STATUS;
@@ -204,8 +204,7 @@ export class Bus {
     }
     const answer = unpackMessage(message.data);
     if (typeof answer === 'object' && answer !== null && 'error' in answer) {
-      const { code, message: text } = parseMessage(`${endpoint.subject} reply`, errorBodySchema, answer.error);
-      throw new LaminaError(code, text);
+      throw errorOf(parseMessage(`${endpoint.subject} reply`, errorBodySchema, answer.error));
     }
     const body_ = typeof answer === 'object' && answer !== null && 'ok' in answer ? answer.ok : undefined;
     return parseMessage(`${endpoint.subject} reply`, endpoint.reply, body_);
@@ -274,7 +273,7 @@ export class Bus {
       const error = asLaminaError(cause);
       if (error.code === 'internal' || error.code === 'protocol_violation')
         this.#events.onError(error, endpoint.subject);
-      message.respond(packMessage({ error: { code: error.code, message: error.message } }));
+      message.respond(packMessage({ error: errorBodyOf(error) }));
     }
   }
 

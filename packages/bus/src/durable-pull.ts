@@ -17,8 +17,9 @@
  * 4. A consumer whose pullers hold as many messages as they may is in order.
  */
 import { LaminaError } from '@lamina/tensor';
-import { type Consumer, type ConsumerConfig, type JsMsg, NatsError } from 'nats';
+import type { Consumer, ConsumerConfig, JsMsg } from 'nats';
 import type { Bus } from './bus.ts';
+import { isRefusedWith } from './jetstream-codes.ts';
 import { streamManager } from './stream-manager.ts';
 
 export interface DurableQueue {
@@ -29,7 +30,6 @@ export interface DurableQueue {
 const LOOK_INTERVAL_MS = 30_000;
 /** How long a pull waits between two looks. */
 const DOUBT_WAIT_MS = 2_000;
-const CONSUMER_NOT_FOUND_ERROR_CODE = 10014;
 
 /** What there would be to repair, if it stays so. */
 interface Doubt {
@@ -78,7 +78,7 @@ export class DurablePull {
     try {
       return await consumers.get(stream, consumer.durable_name);
     } catch (cause) {
-      if (!isConsumerMissing(cause)) throw cause;
+      if (!isRefusedWith(cause, 'consumerNotFound')) throw cause;
       await (await streamManager(this.#bus)).consumers.add(stream, consumer);
       return consumers.get(stream, consumer.durable_name);
     }
@@ -91,7 +91,7 @@ export class DurablePull {
     } catch (cause) {
       this.#doubt = undefined;
       // The next pull makes it.
-      if (isConsumerMissing(cause)) this.#consumer = undefined;
+      if (isRefusedWith(cause, 'consumerNotFound')) this.#consumer = undefined;
     }
   }
 
@@ -122,8 +122,4 @@ export class DurablePull {
       : `${messages - num_ack_pending} messages`;
     this.#onRepair(new LaminaError('unavailable', `the consumer of ${stream} did not offer ${what}; it was made anew`));
   }
-}
-
-function isConsumerMissing(cause: unknown): boolean {
-  return cause instanceof NatsError && cause.api_error?.err_code === CONSUMER_NOT_FOUND_ERROR_CODE;
 }

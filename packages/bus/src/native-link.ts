@@ -8,6 +8,8 @@
  * 2. What is published without a connection is lost: whoever must be heard waits for an answer and tries again.
  * 3. A connection on which nothing answers for MAX_UNANSWERED_PINGS pings is cut; one whose own thread was busy is not.
  * 4. A callback that throws is reported and changes nothing else.
+ * 5. `reconnect` is told before anything that comes on the new connection.
+ * 6. A connection that had lasted is remade at once: whoever waits for what was on its way waits for that alone.
  */
 import { lookup } from 'node:dns/promises';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
@@ -97,6 +99,8 @@ export class NativeLink implements TensorLink {
   #retryTimer: NodeJS.Timeout | undefined;
   #isFlushPlanned = false;
   #isClosed = false;
+  /** performance.now() of the last login; undefined before the first. */
+  #loggedInAtMs: number | undefined;
 
   private constructor(options: BusOptions, events: BusEvents) {
     this.#options = options;
@@ -295,7 +299,10 @@ export class NativeLink implements TensorLink {
     this.#numSilentPings = 0;
     for (const [id, subscription] of this.#subscriptions) subscribeOn(socket, id, subscription);
     this.#pingTimer = setInterval(() => this.#ping(socket), PING_INTERVAL_MS);
+    const isFirst = this.#loggedInAtMs === undefined;
+    this.#loggedInAtMs = performance.now();
     if (this.#isClosed) socket.close();
+    else if (!isFirst) this.#tell('reconnect');
   }
 
   #ping(socket: NativeSocket): void {
@@ -344,23 +351,19 @@ export class NativeLink implements TensorLink {
     for (const { reject } of pongs) reject(connectionLost());
     if (this.#isClosed) return;
     this.#tell('disconnect');
-    this.#planRetry();
+    // One that did not last so long may be cut again by the server: it is not asked more often than by retries.
+    const hasLasted = performance.now() - (this.#loggedInAtMs ?? 0) >= RETRY_INTERVAL_MS;
+    this.#planRetry(hasLasted ? 0 : retryDelayMs());
   }
 
-  #planRetry(isFirst = true): void {
-    const delayMs = RETRY_INTERVAL_MS * (1 + Math.random());
+  #planRetry(delayMs: number, isFirst = true): void {
     this.#retryTimer = setTimeout(() => {
-      this.#connectToAny().then(
-        () => {
-          if (!this.#isClosed) this.#tell('reconnect');
-        },
-        (cause: unknown) => {
-          if (this.#isClosed) return;
-          if (isFirst && !(cause instanceof ConnectionFailed)) this.#complain(cause);
-          // A server that restarts with other passwords refuses us until our file has ours.
-          this.#planRetry(false);
-        },
-      );
+      this.#connectToAny().catch((cause: unknown) => {
+        if (this.#isClosed) return;
+        if (isFirst && !(cause instanceof ConnectionFailed)) this.#complain(cause);
+        // A server that restarts with other passwords refuses us until our file has ours.
+        this.#planRetry(retryDelayMs(), false);
+      });
     }, delayMs);
   }
 
@@ -373,6 +376,8 @@ export class NativeLink implements TensorLink {
     for (const callback of this.#statusCallbacks) callback(status);
   }
 }
+
+const retryDelayMs = (): number => RETRY_INTERVAL_MS * (1 + Math.random());
 
 /** @throws ConnectionFailed */
 function connectSocket(address: string, port: number, events: SocketEvents): NativeSocket {

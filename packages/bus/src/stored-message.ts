@@ -2,12 +2,10 @@
  * Owns looking single messages up in a stream.
  */
 import { LaminaError } from '@lamina/tensor';
-import { type MsgRequest, NatsError, type StoredMsg } from 'nats';
+import type { MsgRequest, StoredMsg } from 'nats';
 import type { Bus } from './bus.ts';
+import { isRefusedWith } from './jetstream-codes.ts';
 import { streamManager } from './stream-manager.ts';
-
-const NO_MESSAGE_ERROR_CODE = 10037;
-const STREAM_NOT_FOUND_ERROR_CODE = 10059;
 
 /**
  * The last message that a stream keeps on a subject.
@@ -30,7 +28,7 @@ async function storedMessage(bus: Bus, stream: string, query: MsgRequest): Promi
     const manager = await streamManager(bus);
     return await manager.streams.getMessage(stream, query);
   } catch (cause) {
-    if (cause instanceof NatsError && cause.api_error?.err_code === NO_MESSAGE_ERROR_CODE) return undefined;
+    if (isRefusedWith(cause, 'noMessageFound')) return undefined;
     throw new LaminaError('unavailable', `the stream ${stream} cannot be read; is JetStream up?`, { cause });
   }
 }
@@ -42,6 +40,6 @@ export async function isStreamMissing(bus: Bus, stream: string): Promise<boolean
     await manager.streams.info(stream);
     return false;
   } catch (cause) {
-    return cause instanceof NatsError && cause.api_error?.err_code === STREAM_NOT_FOUND_ERROR_CODE;
+    return isRefusedWith(cause, 'streamNotFound');
   }
 }

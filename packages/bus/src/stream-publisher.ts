@@ -16,9 +16,9 @@ import {
   NatsError,
   type Subscription,
 } from 'nats';
+import { NO_RESPONDERS_STATUS } from './jetstream-codes.ts';
 
 const TICK_MS = 250;
-const NO_RESPONDERS_STATUS = 503;
 
 /** What the server says of a message that it did not store (JSApiErr). */
 export interface StreamRefusal {

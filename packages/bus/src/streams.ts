@@ -3,7 +3,8 @@
  *
  * Invariants
  * 1. Every stream is bounded in messages or bytes.
- * 2. Any service may create a stream first; all ask for the same configuration.
+ * 2. Any service may create a stream first; all ask for the same configuration, but for the key of LAMINA_WORK (work-key.ts),
+ *    which the first one chooses.
  * 3. Nobody purges a stream or deletes a message of it, services included (NO_REMOVAL); messages go by age, by limits, or,
  *    in work queues, with their acknowledgement. An existing stream gets this by update; it cannot be taken back.
  */
@@ -13,7 +14,6 @@ import {
   AckPolicy,
   DiscardPolicy,
   type JetStreamManager,
-  NatsError,
   nanos,
   RetentionPolicy,
   StorageType,
@@ -21,14 +21,15 @@ import {
 } from 'nats';
 import type { Bus } from './bus.ts';
 import type { DurableQueue } from './durable-pull.ts';
+import { isRefusedWith } from './jetstream-codes.ts';
 import { streamManager } from './stream-manager.ts';
+import { workSubjects } from './work-key.ts';
 
 /** An executor renews its leases well within this time; a lease that lapses is given to another executor. */
 export const ACK_WAIT_MS = 4_000;
 
 /** A gateway that has a prompt in hand says so well within this time; a dead one's prompts are offered to another after it. */
 export const PROMPT_ACK_WAIT_MS = 5_000;
-const CONSUMER_EXISTS_ERROR_CODE = 10148;
 
 /**
  * nats-server confirms a stored message on whatever subject its publisher chose as the reply, and asks no permission for
@@ -40,7 +41,6 @@ const NO_REMOVAL = { deny_purge: true, deny_delete: true } as const;
 const PROMPTS_CONFIG = {
   ...NO_REMOVAL,
   name: STREAMS.prompts.name,
-  subjects: [...STREAMS.prompts.subjects],
   retention: RetentionPolicy.Workqueue,
   storage: StorageType.File,
   discard: DiscardPolicy.New,
@@ -53,7 +53,6 @@ const PROMPTS_CONFIG = {
 const WORK_CONFIG = {
   ...NO_REMOVAL,
   name: STREAMS.work.name,
-  subjects: [...STREAMS.work.subjects],
   retention: RetentionPolicy.Workqueue,
   storage: StorageType.File,
   discard: DiscardPolicy.New,
@@ -64,7 +63,6 @@ const WORK_CONFIG = {
 const TOKENS_CONFIG = {
   ...NO_REMOVAL,
   name: STREAMS.tokens.name,
-  subjects: [...STREAMS.tokens.subjects],
   retention: RetentionPolicy.Limits,
   storage: StorageType.File,
   discard: DiscardPolicy.Old,
@@ -93,16 +91,29 @@ export const WORK_QUEUE: DurableQueue = {
   },
 };
 
+type BoundedStream = Partial<StreamConfig> & { readonly name: string } & typeof NO_REMOVAL;
+
+/** @param subjectsFor What it is to listen to, given what it listens to. */
 async function ensureStream(
   manager: JetStreamManager,
-  config: Partial<StreamConfig> & { name: string } & typeof NO_REMOVAL,
+  config: BoundedStream,
+  subjectsFor: (existing?: string[]) => string[],
 ): Promise<void> {
+  const { name } = config;
+  const adjust = async (): Promise<void> => {
+    const { subjects } = (await manager.streams.info(name)).config;
+    await manager.streams.update(name, { ...config, subjects: subjectsFor(subjects) });
+  };
   try {
-    await manager.streams.info(config.name);
-    await manager.streams.update(config.name, config);
+    await adjust();
   } catch (cause) {
-    if (!(cause instanceof NatsError) || cause.api_error?.err_code !== 10059) throw cause;
-    await manager.streams.add(config);
+    if (!isRefusedWith(cause, 'streamNotFound')) throw cause;
+    try {
+      await manager.streams.add({ ...config, subjects: subjectsFor() });
+    } catch (refusal) {
+      if (!isRefusedWith(refusal, 'streamNameInUse')) throw refusal;
+      await adjust();
+    }
   }
 }
 
@@ -111,7 +122,7 @@ async function ensureConsumer(manager: JetStreamManager, { stream, consumer }: D
     await manager.consumers.add(stream, consumer);
   } catch (cause) {
     // From nats-server 2.10 on, making one does not adjust it.
-    if (!(cause instanceof NatsError) || cause.api_error?.err_code !== CONSUMER_EXISTS_ERROR_CODE) throw cause;
+    if (!isRefusedWith(cause, 'consumerExists')) throw cause;
     await manager.consumers.update(stream, consumer.durable_name, consumer);
   }
 }
@@ -123,9 +134,9 @@ async function ensureConsumer(manager: JetStreamManager, { stream, consumer }: D
 export async function ensureStreams(bus: Bus): Promise<void> {
   try {
     const manager = await streamManager(bus);
-    await ensureStream(manager, PROMPTS_CONFIG);
-    await ensureStream(manager, WORK_CONFIG);
-    await ensureStream(manager, TOKENS_CONFIG);
+    await ensureStream(manager, PROMPTS_CONFIG, () => [...STREAMS.prompts.subjects]);
+    await ensureStream(manager, WORK_CONFIG, workSubjects);
+    await ensureStream(manager, TOKENS_CONFIG, () => [...STREAMS.tokens.subjects]);
     for (const queue of [PROMPTS_QUEUE, WORK_QUEUE]) await ensureConsumer(manager, queue);
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);

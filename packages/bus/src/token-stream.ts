@@ -36,14 +36,14 @@ import {
   type StoredMsg,
 } from 'nats';
 import { type Bus, type BusMessage, type Subscription, tooLarge } from './bus.ts';
+import { JETSTREAM_CODES } from './jetstream-codes.ts';
 import { isStreamMissing, lastMessage } from './stored-message.ts';
 import type { StoreOutcome, StreamPublisher } from './stream-publisher.ts';
 
 const STORE_TIMEOUT_MS = 2_000;
-const READ_TIMEOUT_MS = 5_000;
-const MESSAGE_TOO_LARGE_ERROR_CODE = 10054;
+/** Without a message, while an answer is read: how long all of it takes depends on its length. */
+const READ_SILENCE_MS = 5_000;
 const EXPECTED_SEQUENCE_HEADER = 'Nats-Expected-Last-Subject-Sequence';
-const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
 /** How often foreign messages may come between looking for the end of an answer and storing behind it. */
 const MAX_FOREIGN_RACES = 8;
 
@@ -141,7 +141,7 @@ export class TokenStream {
     if (deliveryCount > 1) set.append(DELIVERY_HEADER, String(deliveryCount), Match.Exact);
     const outcome = await this.#publisher.publish(SUBJECTS.tokens(tokens[0]!.id), encodeTokens(tokens, encoding), set);
     if (outcome.kind === 'stored') return outcome.sequence;
-    if (outcome.kind === 'refused' && outcome.refusal.errCode === WRONG_LAST_SEQUENCE_ERROR_CODE) return 'otherwise';
+    if (outcome.kind === 'refused' && outcome.refusal.errCode === JETSTREAM_CODES.wrongLastSequence) return 'otherwise';
     this.#onError(failureOf(outcome));
     const refusal = await this.#refusalOf(outcome);
     if (refusal !== undefined) throw refusal;
@@ -152,7 +152,7 @@ export class TokenStream {
   async #refusalOf(outcome: StoreFailure): Promise<LaminaError | undefined> {
     const cause = outcome.kind === 'failed' ? outcome.cause : outcome;
     if (
-      (outcome.kind === 'refused' && outcome.refusal.errCode === MESSAGE_TOO_LARGE_ERROR_CODE) ||
+      (outcome.kind === 'refused' && outcome.refusal.errCode === JETSTREAM_CODES.messageTooLarge) ||
       (cause instanceof NatsError && cause.code === ErrorCode.MaxPayloadExceeded)
     )
       return tooLarge('a message of the answer', this.#bus, cause);
@@ -222,10 +222,22 @@ export class TokenStream {
     return { tokens, lastSequence, deliveryCount };
   }
 
-  /** Messages of one answer as they are stored from now on. */
-  follow(requestId: string, callback: (message: BusMessage) => void): Subscription {
+  /**
+   * Messages of one answer as they are published from now on.
+   * @param onDoubt Told instead of a message that was not written behind the one before: of two writers, the stream has taken
+   * one, and says which.
+   */
+  follow(requestId: string, callback: (message: BusMessage) => void, onDoubt?: () => void): Subscription {
+    let expected = -1;
     return this.#bus.subscribe(SUBJECTS.tokens(requestId), (message) => {
-      if (message.header(TOKENS_HEADER) !== undefined) callback(message);
+      if (message.header(TOKENS_HEADER) === undefined) return;
+      const sequence = Number(message.header(EXPECTED_SEQUENCE_HEADER));
+      if (sequence <= expected) {
+        onDoubt?.();
+        return;
+      }
+      expected = sequence;
+      callback(message);
     });
   }
 
@@ -239,37 +251,58 @@ export class TokenStream {
     });
   }
 
-  /** Reads the messages of an answer, up to the one of `lastSequence` on its subject. */
-  async #readUpTo(requestId: string, lastSequence: number, take: (message: JsMsg) => void): Promise<void> {
+  /**
+   * Reads the messages of an answer from its first one on, as they arrive.
+   * @param lastSequence Of the last one to read, as `endOf` tells it.
+   * @param take Returns whether it wants more.
+   * @throws LaminaError `unavailable` when the stream cannot be read.
+   */
+  read(requestId: string, lastSequence: number, take: (data: Uint8Array, sequence: number) => boolean): Promise<void> {
+    return this.#readUpTo(requestId, lastSequence, ({ data, seq }) => take(data, seq));
+  }
+
+  /** Reads the messages of an answer, up to the one of `lastSequence` on its subject, or until `take` returns false. */
+  async #readUpTo(requestId: string, lastSequence: number, take: (message: JsMsg) => unknown): Promise<void> {
     let timer: NodeJS.Timeout | undefined;
-    let subscription: Subscription | undefined;
+    let started: Promise<Subscription> | undefined;
+    let isDone = false;
     try {
       await new Promise<void>((resolve, reject) => {
         const tooLate = new LaminaError('unavailable', 'the stream of answers cannot be read in time');
-        timer = setTimeout(() => reject(tooLate), READ_TIMEOUT_MS);
+        timer = setTimeout(() => reject(tooLate), READ_SILENCE_MS);
         const failed = (cause: unknown): void =>
           reject(new LaminaError('unavailable', 'the stream of answers cannot be read; is JetStream up?', { cause }));
         const receive = (message: JsMsg): void => {
+          if (isDone) return;
+          timer?.refresh();
           try {
-            if (message.seq <= lastSequence && isOfAnswer(message)) take(message);
-            if (message.seq >= lastSequence) resolve();
+            const isWanted = message.seq <= lastSequence && isOfAnswer(message);
+            isDone = (isWanted && take(message) === false) || message.seq >= lastSequence;
+            if (isDone) resolve();
           } catch (cause) {
+            isDone = true;
             reject(asLaminaError(cause));
           }
         };
-        this.#replayAll(requestId, receive).then((started) => {
-          subscription = started;
-        }, failed);
+        started = this.#replayAll(requestId, receive);
+        started.catch(failed);
       });
     } finally {
+      isDone = true;
       clearTimeout(timer);
-      subscription?.unsubscribe();
+      // A short answer is read before the server has confirmed its consumer.
+      started?.then(
+        (subscription) => subscription.unsubscribe(),
+        () => undefined,
+      );
     }
   }
 
   async #replayAll(requestId: string, callback: (message: JsMsg) => void): Promise<Subscription> {
     const options = consumerOpts();
     options.orderedConsumer();
+    // Or the server is asked first which stream has the subject.
+    options.bindStream(STREAMS.tokens.name);
     options.deliverAll();
     options.callback((error, message) => {
       if (error) this.#onError(asLaminaError(error));

@@ -5,7 +5,7 @@
  * 1. An item stays in the stream until its lease is completed; a lease that is neither renewed nor completed is offered again.
  * 2. An id that is in the queue is not taken again, however long it has waited there.
  * 3. Nobody takes an item back: one whose request was ended while it waited is taken and completed by an executor.
- * 4. An item that cannot be decoded is removed at once: it would fail everywhere.
+ * 4. An item that cannot be read is not offered to others, where it would fail as well: its answer is ended, then it is removed.
  */
 import {
   packMessage,
@@ -17,12 +17,14 @@ import {
   workItemSchema,
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import { ErrorCode, type JetStreamClient, type JsMsg, NatsError } from 'nats';
+import { ErrorCode, type JetStreamClient, type JsMsg, NatsError, type PubAck } from 'nats';
 import { type Bus, tooLarge } from './bus.ts';
 import { DurablePull } from './durable-pull.ts';
+import { isRefusedWith } from './jetstream-codes.ts';
 import { lastMessage } from './stored-message.ts';
 import { streamManager } from './stream-manager.ts';
 import { WORK_QUEUE } from './streams.ts';
+import { readWorkKey, requestIdOfWork } from './work-key.ts';
 
 /** One work item that this process has taken on. */
 export interface WorkLease {
@@ -39,17 +41,19 @@ export interface WorkLease {
 
 const SUBMIT_TIMEOUT_MS = 5_000;
 const FULL_RETRY_MS = 1_000;
-const STREAM_FULL_ERROR_CODE = 10077;
-const WRONG_LAST_SEQUENCE_ERROR_CODE = 10071;
+/** Before an unreadable item is offered again whose answer could not be ended. */
+const UNREADABLE_RETRY_MS = 1_000;
 
-function duplicateId(id: string, cause?: unknown): LaminaError {
-  return new LaminaError('duplicate_id', `the id "${id}" was used a short time ago; choose another`, { cause });
+function duplicateId(id: string, state: string, cause?: unknown): LaminaError {
+  return new LaminaError('duplicate_id', `a request with the id "${id}" ${state}; choose another`, { cause });
 }
 
 export class WorkQueue {
   readonly #bus: Bus;
   readonly #jetstream: JetStreamClient;
   #pull: DurablePull | undefined;
+  /** In the subjects of the stream (work-key.ts), as read last. */
+  #key: string | undefined;
 
   /** Call `ensureStreams` first. */
   constructor(bus: Bus) {
@@ -64,19 +68,13 @@ export class WorkQueue {
    */
   async submit(item: WorkItem): Promise<number> {
     try {
-      const ack = await this.#jetstream.publish(SUBJECTS.work(item.id), packMessage(item), {
-        // The rest of an answer that was cut off is submitted under an id that the server has seen.
-        ...(item.isContinued !== true && { msgID: item.id }),
-        timeout: SUBMIT_TIMEOUT_MS,
-        expect: { lastSubjectSequence: 0 },
-      });
-      if (ack.duplicate) throw duplicateId(item.id);
+      const ack = await this.#publish(item);
+      if (ack.duplicate) throw duplicateId(item.id, 'was submitted a short time ago');
       return ack.seq;
     } catch (cause) {
       if (cause instanceof LaminaError) throw cause;
-      const errorCode = cause instanceof NatsError ? cause.api_error?.err_code : undefined;
-      if (errorCode === WRONG_LAST_SEQUENCE_ERROR_CODE) throw duplicateId(item.id, cause);
-      if (errorCode === STREAM_FULL_ERROR_CODE) {
+      if (isRefusedWith(cause, 'wrongLastSequence')) throw duplicateId(item.id, 'is already running', cause);
+      if (isRefusedWith(cause, 'streamFull')) {
         throw new LaminaError('overloaded', 'the work queue is full; retry later', {
           cause,
           retryAfterMs: FULL_RETRY_MS,
@@ -88,12 +86,49 @@ export class WorkQueue {
     }
   }
 
+  async #publish(item: WorkItem): Promise<PubAck> {
+    if (this.#key !== undefined) {
+      try {
+        return await this.#publishTo(this.#key, item);
+      } catch (cause) {
+        // Where nobody listens, the stream may have been made anew, with another key.
+        if (!(cause instanceof NatsError) || cause.code !== ErrorCode.NoResponders) throw cause;
+      }
+    }
+    this.#key = await readWorkKey(this.#bus);
+    return this.#publishTo(this.#key, item);
+  }
+
+  #publishTo(key: string, item: WorkItem): Promise<PubAck> {
+    return this.#jetstream.publish(SUBJECTS.work(key, item.id), packMessage(item), {
+      // The rest of an answer that was cut off is submitted under an id that the server has seen.
+      ...(item.isContinued !== true && { msgID: item.id }),
+      timeout: SUBMIT_TIMEOUT_MS,
+      expect: { lastSubjectSequence: 0 },
+    });
+  }
+
   /**
    * True while an item with this id waits or is leased.
    * @throws LaminaError `unavailable`
    */
   async has(requestId: string): Promise<boolean> {
-    return (await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work(requestId))) !== undefined;
+    return (await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work('*', requestId))) !== undefined;
+  }
+
+  /**
+   * When the request of the item with this id was submitted, Unix time in ms: what its gateway says, or nats-server, whichever is
+   * earlier. Undefined when there is none, or none that can be read.
+   * @throws LaminaError `unavailable`
+   */
+  async submittedAtMs(requestId: string): Promise<number | undefined> {
+    const stored = await lastMessage(this.#bus, STREAMS.work.name, SUBJECTS.work('*', requestId));
+    if (stored === undefined) return undefined;
+    try {
+      return Math.min(itemOf(stored.data).submittedAtMs, stored.time.getTime());
+    } catch {
+      return undefined;
+    }
   }
 
   /**
@@ -115,20 +150,39 @@ export class WorkQueue {
   /**
    * Waits up to `waitMs` for the next item. Returns undefined when there is none (or it was unreadable and removed).
    * @param onError Told of an unreadable item, and why the queue's consumer was made anew.
+   * @param endAnswer Stores `error` as the end of the answer to an unreadable item; where it rejects, the item is kept.
    */
-  async lease(waitMs: number, onError: (error: LaminaError) => void): Promise<WorkLease | undefined> {
+  async lease(
+    waitMs: number,
+    onError: (error: LaminaError) => void,
+    endAnswer: (requestId: string, error: LaminaError) => Promise<void> = async () => undefined,
+  ): Promise<WorkLease | undefined> {
     this.#pull ??= new DurablePull(this.#bus, WORK_QUEUE, onError);
     const message = await this.#pull.next(waitMs);
     if (message === undefined) return undefined;
     try {
-      const item = parseMessage('work item', workItemSchema, unpackMessage(message.data));
-      return leaseOf(message, item);
+      return leaseOf(message, itemOf(message.data));
     } catch (cause) {
-      message.term();
-      onError(asLaminaError(cause));
+      const error = asLaminaError(cause);
+      onError(error);
+      await this.#remove(message, (requestId) => endAnswer(requestId, error)).catch((failure: unknown) => {
+        onError(asLaminaError(failure));
+        message.nak(UNREADABLE_RETRY_MS);
+      });
       return undefined;
     }
   }
+
+  async #remove(message: JsMsg, end: (requestId: string) => Promise<void>): Promise<void> {
+    const requestId = requestIdOfWork(message.subject);
+    if (requestId !== undefined) await end(requestId);
+    message.term();
+  }
+}
+
+/** @throws LaminaError `protocol_violation` */
+function itemOf(data: Uint8Array): WorkItem {
+  return parseMessage('work item', workItemSchema, unpackMessage(data));
 }
 
 function leaseOf(message: JsMsg, item: WorkItem): WorkLease {

@@ -24,6 +24,11 @@ export interface NatsProcessOptions extends Pick<ChildOptions, 'environment' | '
 }
 
 const LOOPBACK = '127.0.0.1';
+/**
+ * Of a message that passes through it, Go's runtime would wake a second core to look for more work, which the processes of the
+ * cluster need. A variable GOMAXPROCS of the environment comes before it.
+ */
+const NUM_CORES = '1';
 const START_TIMEOUT_MS = 10_000;
 const POLL_MS = 20;
 
@@ -65,7 +70,7 @@ export async function startNats(options: NatsProcessOptions): Promise<RunningNat
     name: 'nats-server',
     command: options.binary,
     args: ['-c', configuration],
-    environment: options.environment,
+    environment: { GOMAXPROCS: NUM_CORES, ...options.environment },
     onLine: options.onLine,
   });
   options.onSpawn(child);

@@ -8,8 +8,9 @@
  */
 import { LaminaError } from '@lamina/tensor';
 import { z } from 'zod';
-import { unpackMessage } from './codec.ts';
+import { unpackChecked } from './codec.ts';
 import { LIMITS } from './limits.ts';
+import { msgpackProblem } from './msgpack-check.ts';
 import { describeIssues, idSchema } from './schema.ts';
 
 /** How a client wants its answer: text and JSON are answered in JSON, msgpack in msgpack. */
@@ -84,21 +85,14 @@ export interface ParsedGenerateBody {
 const utf8 = new TextDecoder('utf-8', { fatal: true });
 
 function isMap(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
-/** fixmap, map 16 or map 32 (msgpack specification). */
-function looksLikeMsgpackMap(firstByte: number): boolean {
-  return (firstByte >= 0x80 && firstByte <= 0x8f) || firstByte === 0xde || firstByte === 0xdf;
-}
-
-function unpackMap(body: Uint8Array): Record<string, unknown> | undefined {
-  try {
-    const value = unpackMessage(body);
-    return isMap(value) ? value : undefined;
-  } catch {
-    return undefined;
-  }
+/** Why a body is no msgpack map; undefined when it is one. Only a map begins with fixmap, map 16 or map 32. */
+function mapProblem(body: Uint8Array): string | undefined {
+  const firstByte = body[0]!;
+  const isMapHead = (firstByte >= 0x80 && firstByte <= 0x8f) || firstByte === 0xde || firstByte === 0xdf;
+  return isMapHead ? msgpackProblem(body, LIMITS.generateBodyParts) : 'it does not begin like a map';
 }
 
 function decodeBody(body: Uint8Array): { encoding: WireEncoding; value: unknown } {
@@ -110,15 +104,13 @@ function decodeBody(body: Uint8Array): { encoding: WireEncoding; value: unknown 
       `the body has ${body.length} bytes; at most ${LIMITS.generateBodyBytes} are taken`,
     );
   }
-  if (looksLikeMsgpackMap(body[0]!)) {
-    const value = unpackMap(body);
-    if (value !== undefined) return { encoding: 'msgpack', value };
-  }
+  const problem = mapProblem(body);
+  if (problem === undefined) return { encoding: 'msgpack', value: unpackChecked(body) };
   let text: string;
   try {
     text = utf8.decode(body);
   } catch (cause) {
-    throw new LaminaError('invalid_request', 'the body is neither UTF-8 text nor a msgpack map', { cause });
+    throw new LaminaError('invalid_request', `the body is neither UTF-8 text nor a msgpack map: ${problem}`, { cause });
   }
   if (!text.startsWith('{')) return { encoding: 'json', value: { prompt: text } };
   try {
@@ -131,7 +123,7 @@ function decodeBody(body: Uint8Array): { encoding: WireEncoding; value: unknown 
 
 /** The encoding that an answer to `body` has, even if the body is bad. */
 export function encodingOf(body: Uint8Array): WireEncoding {
-  return body.length > 0 && looksLikeMsgpackMap(body[0]!) && unpackMap(body) !== undefined ? 'msgpack' : 'json';
+  return body.length > 0 && mapProblem(body) === undefined ? 'msgpack' : 'json';
 }
 
 /** The id in a body that is otherwise bad, so that its error can carry it. */

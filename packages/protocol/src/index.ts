@@ -23,7 +23,15 @@ export type {
 export { LIMITS } from './limits.ts';
 export { CLOCK_TOLERANCE_MS, PastCancels } from './past-cancels.ts';
 export { inboxPrefixOf, type Permissions, permissionsOf, ROLES, type Role } from './permissions.ts';
-export { describeIssues, type ErrorBody, errorBodySchema, idSchema, parseMessage } from './schema.ts';
+export {
+  describeIssues,
+  type ErrorBody,
+  errorBodyOf,
+  errorBodySchema,
+  errorOf,
+  idSchema,
+  parseMessage,
+} from './schema.ts';
 export * from './step-plan.ts';
 export {
   ENDPOINTS,

@@ -95,6 +95,8 @@ export const allocateSchema = z.object({
   maxTokens: z.int().min(1),
   /** How often the queue has offered the request: an executor that was offered it later takes it over, never the other way. */
   deliveryCount: z.int().min(1),
+  /** As above, of the offers since something of the answer was stored: if nothing was, the same. Absent: not known. */
+  vainDeliveryCount: z.int().min(1).optional(),
 });
 export const extendSchema = z.object({
   requestId: idSchema,

@@ -14,6 +14,12 @@ export const LIMITS = {
   promptTokens: 1_000_000,
   /** Bytes of one body on lamina.v1.generate, below what nats-server lets through. */
   generateBodyBytes: 4 * 1024 * 1024,
+  /** Arrays, maps and entries of maps of one such body in msgpack: a few for each of `messages`. */
+  generateBodyParts: 16_384,
+  /** Arrays, maps and entries of maps of one msgpack message: a block table for the longest prompt has 400,000. */
+  messageParts: 1_048_576,
+  /** Arrays and maps of a msgpack message that lie within each other. */
+  messageDepth: 32,
   /** Segments (requests) of one step plan. */
   planSegments: 65_536,
   /** Query or KV rows of one step plan. */

@@ -9,7 +9,9 @@
  * 3. No role but the operator reaches a JetStream call that it does not use, nor one of a stream that it does not use.
  * 4. `allow_responses` is not used: it would let a client choose, as the reply of its request, a subject that the service
  *    may not publish on, such as a call that empties a stream.
- * 5. Who reads a stream is pushed its messages: a pull (`CONSUMER.MSG.NEXT`) and an acknowledgement (`$JS.ACK`) are answered by
+ * 5. A client has no call that the server answers with more than it was asked with: it could name a subject of answers as the
+ *    reply, have the stream store what it is told, and push out what others are still to read.
+ * 6. Who reads a stream is pushed its messages: a pull (`CONSUMER.MSG.NEXT`) and an acknowledgement (`$JS.ACK`) are answered by
  *    the server with an empty message on a reply subject of the caller's choice, which is all that `STREAM.DELETE` asks for.
  */
 import { LaminaError } from '@lamina/tensor';
@@ -55,7 +57,7 @@ const PARTIES: Readonly<Record<string, readonly Role[]>> = {
 
 /**
  * manage: create and adjust it and its durable consumer. publish: store. consume: take from the durable consumer,
- * acknowledge, and replace a consumer that is stuck. look: one message, and how many wait. read: replay it. follow: its
+ * acknowledge, and replace a consumer that is stuck. look: one message, and how many wait. read: be pushed it. follow: its
  * messages as they are published.
  */
 type StreamUse = 'manage' | 'publish' | 'consume' | 'look' | 'read' | 'follow';
@@ -72,8 +74,8 @@ const STREAM_USES: Readonly<Record<keyof typeof STREAMS, Readonly<Partial<Record
     'dense-executor': ['manage', 'consume'],
   },
   tokens: {
-    gateway: ['manage', 'publish', 'read', 'follow'],
-    'dense-executor': ['manage', 'publish', 'read'],
+    gateway: ['manage', 'publish', 'look', 'read', 'follow'],
+    'dense-executor': ['manage', 'publish', 'look', 'read'],
     'durable-client': ['read', 'follow'],
     operator: ['read', 'follow'],
   },
@@ -129,12 +131,11 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       publish.add(`$JS.ACK.${name}.${durableConsumer}.>`);
       break;
     case 'look':
-      call(`STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`, `CONSUMER.INFO.${name}.${durableConsumer}`);
+      call(`STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`);
+      if (durableConsumer !== null) call(`CONSUMER.INFO.${name}.${durableConsumer}`);
       break;
     case 'read':
-      call('STREAM.NAMES', `STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`);
-      call(`CONSUMER.CREATE.${name}`, `CONSUMER.CREATE.${name}.>`, `CONSUMER.INFO.${name}.*`);
-      call(`CONSUMER.DELETE.${name}.*`);
+      call('STREAM.NAMES', `CONSUMER.CREATE.${name}`, `CONSUMER.CREATE.${name}.>`, `CONSUMER.DELETE.${name}.*`);
       publish.add(`$JS.FC.${name}.>`);
       break;
     case 'follow':

@@ -26,6 +26,16 @@ export const errorBodySchema = z.object({
 });
 export type ErrorBody = z.infer<typeof errorBodySchema>;
 
+/** All of an error that leaves its process: never its cause and its diagnostics. */
+export function errorBodyOf({ code, message, retryAfterMs }: LaminaError): ErrorBody {
+  return { code, message, ...(retryAfterMs !== undefined && { retryAfterMs }) };
+}
+
+/** The error that was sent. */
+export function errorOf({ code, message, retryAfterMs }: ErrorBody): LaminaError {
+  return new LaminaError(code, message, { retryAfterMs });
+}
+
 const perHead = z.array(z.number()).max(1024);
 
 const attentionFields = {

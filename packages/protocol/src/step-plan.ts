@@ -1,48 +1,17 @@
 /**
- * Owns the step plan: which queries see which blocks and where new K and V go, sent to a shard once per step.
+ * Owns the step plan on the wire, sent to a shard once per step.
  *
  * Body: int32 little-endian: numQueryRows, numKvRows, numSegments, numBlocks, then segments, blocks, kvSlots.
  *
  * Invariants
- * 1. The plan names everything that the per-layer messages of its step need; those carry tensors only.
- * 2. A shard keeps no table between steps: the plan lists every block it is to read.
+ * 1. A shard keeps no table between steps: the plan lists every block it is to read.
+ * 2. Counts are checked before anything is made of them.
  */
-import { elementBytes, type KvLayout, LaminaError } from '@lamina/tensor';
+import { BLOCK_FIELDS, LaminaError, SEGMENT_FIELDS, type StepPlan } from '@lamina/tensor';
 import { FRAME_HEADER_BYTES } from './frame.ts';
 import { LIMITS } from './limits.ts';
 
-/** queryRowStart, numQueries, firstPosition, blockStart, numBlocks. */
-export const SEGMENT_FIELDS = 5;
-/** physicalBlock, firstPosition, numTokens. */
-export const BLOCK_FIELDS = 3;
 const COUNTS = 4;
-
-export interface StepPlan {
-  readonly numQueryRows: number;
-  readonly numKvRows: number;
-  /** [numSegments, 5] one per request: queryRowStart, numQueries, firstPosition (of the first query; the rest follow), blockStart, numBlocks. */
-  readonly segments: Int32Array;
-  /** [numBlocks, 3]: physicalBlock, firstPosition (of its first token), numTokens (valid after this step's append). */
-  readonly blocks: Int32Array;
-  /** [numKvRows]: physicalBlock * blockSizeTokens + offset, where each new row of K and V is stored. */
-  readonly kvSlots: Int32Array;
-}
-
-/** What the sizes of tensors on the wire depend on. */
-export type TensorLayout = Pick<KvLayout, 'numHeads' | 'numKvHeads' | 'headDim' | 'kvDtype'>;
-
-/** Bytes of q, k and v of one layer: [numQueryRows, numHeads, headDim], then k and v [numKvRows, numKvHeads, headDim], kvDtype. */
-export function attendBytes(
-  plan: { readonly numQueryRows: number; readonly numKvRows: number },
-  { numHeads, numKvHeads, headDim, kvDtype }: TensorLayout,
-): number {
-  return elementBytes(kvDtype) * headDim * (plan.numQueryRows * numHeads + 2 * plan.numKvRows * numKvHeads);
-}
-
-/** Bytes of one layer's reply: o [numQueryRows, numHeads, headDim] kvDtype, then lse [numQueryRows, numHeads] float32. */
-export function partialBytes(numQueryRows: number, { numHeads, headDim, kvDtype }: TensorLayout): number {
-  return numQueryRows * numHeads * (elementBytes(kvDtype) * headDim + 4);
-}
 
 /** One message with room for the header in front; whoever sends it writes that. */
 export function encodeStepPlan(plan: StepPlan): Uint8Array<ArrayBuffer> {

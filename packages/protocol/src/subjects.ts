@@ -152,7 +152,7 @@ export const STREAMS = {
   },
   work: {
     name: 'LAMINA_WORK',
-    subjects: [`${ROOT}.work.*`],
+    subjects: [`${ROOT}.work.*.*`],
     durableConsumer: 'dense-executors',
     meaning:
       'Validated, tokenized prompts that wait for an executor (work queue; acknowledged when the answer is complete).',
@@ -179,7 +179,8 @@ export const SUBJECTS = {
   cancelAll: `${ROOT}.cancel.*`,
   cancel: (requestId: string): string => `${ROOT}.cancel.${requestId}`,
   tokens: (requestId: string): string => `${ROOT}.tokens.${requestId}`,
-  work: (requestId: string): string => `${ROOT}.work.${requestId}`,
+  /** Of the key that the stream was made with: no client may know it. */
+  work: (key: string, requestId: string): string => `${ROOT}.work.${key}.${requestId}`,
   /** Tensor plane: plans and QKV to a shard. */
   shardTensors: (shardId: string): string => `${ROOT}.tensor.shard.${shardId}`,
   /** Answered with an empty message by a shard that is alive. */
@@ -236,7 +237,7 @@ export const SUBJECT_NOTES: readonly { subject: string; kind: string; from: stri
     meaning: STREAMS.tokens.meaning,
   },
   {
-    subject: SUBJECTS.work('<id>'),
+    subject: SUBJECTS.work('<key>', '<id>'),
     kind: 'JetStream LAMINA_WORK',
     from: 'gateway',
     to: 'dense-executor',

@@ -1,7 +1,8 @@
+import { attendBytes, partialBytes, type StepPlan } from '@lamina/tensor';
 import { expect, test } from 'vitest';
 import { FRAME_HEADER_BYTES } from '../src/frame.ts';
 import { LIMITS } from '../src/limits.ts';
-import { attendBytes, decodeStepPlan, encodeStepPlan, partialBytes, type StepPlan } from '../src/step-plan.ts';
+import { decodeStepPlan, encodeStepPlan } from '../src/step-plan.ts';
 
 const PLAN: StepPlan = {
   numQueryRows: 3,

@@ -44,7 +44,11 @@ export const ERROR_CODES = {
     meaning:
       'The request needs more KV cache than all attention shards together have; start more shards or shorten it.',
   },
-  duplicate_id: { retryable: false, httpStatus: 409, meaning: 'A request with this id is already running.' },
+  duplicate_id: {
+    retryable: false,
+    httpStatus: 409,
+    meaning: 'A request with this id is already running, or was a short time ago.',
+  },
   overloaded: { retryable: true, httpStatus: 429, meaning: 'Every queue is full; retry later.' },
   unavailable: {
     retryable: true,

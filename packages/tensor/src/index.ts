@@ -29,3 +29,11 @@ export {
   halvesToFloats,
 } from './float16.ts';
 export { type LoadedAddon, loadNativeModule } from './native-module.ts';
+export {
+  attendBytes,
+  BLOCK_FIELDS,
+  partialBytes,
+  SEGMENT_FIELDS,
+  type StepPlan,
+  type TensorLayout,
+} from './step-plan.ts';

@@ -68,6 +68,14 @@ export class Origins {
     this.#origins.set(originId, origin);
   }
 
+  /** The current step of some wave of each origin. */
+  *oneOfEach(): IterableIterator<WaveStep> {
+    for (const { steps } of this.#origins.values()) {
+      const step = steps.find((each) => each !== undefined);
+      if (step !== undefined) yield step;
+    }
+  }
+
   /** Ends the steps of origins that have sent no plan for `idleMs`. */
   dropIdle(nowMs: number, idleMs: number): void {
     for (const [originId, { plannedAtMs }] of this.#origins) {

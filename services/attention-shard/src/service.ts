@@ -53,6 +53,11 @@ class ShardMember {
     return this.#shardId;
   }
 
+  /** The connection of the tensors was cut, and is there again. */
+  onReconnect(): void {
+    this.#life?.plane.connectionCut();
+  }
+
   get kernelName(): string {
     return this.#life?.kernelName ?? 'none';
   }
@@ -193,8 +198,11 @@ export async function startAttentionShard(context: ShardContext): Promise<Runnin
     config.tensorLink,
   );
   if (fallbackReason !== null) log.warn({ reason: fallbackReason }, 'tensors travel over nats.js, which is slow');
-  link.onStatus((status) => log.debug({ status }, 'tensor connection'));
   const member = new ShardMember({ ...context, link }, stats);
+  link.onStatus((status) => {
+    log.debug({ status }, 'tensor connection');
+    if (status === 'reconnect') member.onReconnect();
+  });
   await member.start();
   return {
     stats: () => {

@@ -10,13 +10,16 @@
  * 4. A plan that comes again, or after a later one of its wave, changes nothing.
  * 5. Once its first layer has been answered a step is armed: its brief layers are answered where they arrive, and come here no
  *    more. What is unusual about a frame comes here.
- * 6. When `fence` has returned true, nothing of those origins is written to KV any more.
+ * 6. Layers are not answered anew, and one that was lost with the connection never comes: after that every origin is told, and
+ *    runs the steps that it has in flight again.
+ * 7. When `fence` has returned true, nothing of those origins is written to KV any more.
  */
 import type { AttentionKernel, LayerFrames } from '@lamina/attention-kernel';
 import { isForbiddenReply, type LinkMessage, type TensorLink } from '@lamina/bus';
 import {
   decodeStepPlan,
   emptyFrameHeader,
+  errorBodyOf,
   FRAME_HEADER_BYTES,
   FRAME_KIND,
   FrameAssembler,
@@ -111,6 +114,12 @@ export class TensorPlane {
   fence(originIds: readonly number[]): boolean {
     this.#origins.fence(originIds);
     return !this.#origins.isFencedInFlight;
+  }
+
+  /** The connection was cut and is there again: what was on its way, in either direction, may be lost. KV is not. */
+  connectionCut(): void {
+    const error = new LaminaError('unavailable', 'the connection of a shard was cut', { retryAfterMs: 0 });
+    for (const { header, replySubject } of this.#origins.oneOfEach()) this.#sendFailure(header, replySubject, error);
   }
 
   /** Takes no more frames; layers in flight are still answered. Waits for them and closes the kernel. */
@@ -273,8 +282,11 @@ export class TensorPlane {
       const { originId, waveIndex, stepId, layer } = header;
       this.#log.warn({ err: error, originId, waveIndex, stepId, layer }, 'tensor frame refused');
     }
-    if (replySubject === undefined) return;
-    const body = packMessage({ code: error.code, message: error.message });
+    if (replySubject !== undefined) this.#sendFailure(header, replySubject, error);
+  }
+
+  #sendFailure(header: FrameHeader, replySubject: string, error: LaminaError): void {
+    const body = packMessage(errorBodyOf(error));
     const message = new Uint8Array(FRAME_HEADER_BYTES + body.length);
     message.set(body, FRAME_HEADER_BYTES);
     const failure: FrameHeader = { ...header, kind: FRAME_KIND.failure, bodyBytes: body.length, partOffset: 0 };

@@ -11,20 +11,11 @@
  *    abandoned keeps its memory until its job is done; the next step gets new memory.
  * 3. Nothing is allocated per layer.
  */
+
 import { type AttentionKernel, type KernelStep, newStepState, STEP_STATE } from '@lamina/attention-kernel';
 import type { HeldMemory } from '@lamina/bus';
-import {
-  attendBytes,
-  BLOCK_FIELDS,
-  emptyFrameHeader,
-  FRAME_HEADER_BYTES,
-  FRAME_KIND,
-  FrameAssembler,
-  type FrameHeader,
-  partialBytes,
-  SEGMENT_FIELDS,
-  type StepPlan,
-} from '@lamina/protocol';
+import { emptyFrameHeader, FRAME_HEADER_BYTES, FRAME_KIND, FrameAssembler, type FrameHeader } from '@lamina/protocol';
+import { attendBytes, BLOCK_FIELDS, partialBytes, SEGMENT_FIELDS, type StepPlan } from '@lamina/tensor';
 
 /** What a step's layers pass through: parts of a message that came split, and the answer with its header in front. */
 export class WaveMemory {

@@ -1,20 +1,18 @@
 /** The tensor plane against a kernel that finishes when the test says so. */
-import type { AttentionKernel, StepPlan as KernelPlan, KernelStep } from '@lamina/attention-kernel';
+import type { AttentionKernel, KernelStep } from '@lamina/attention-kernel';
 import {
-  attendBytes,
   emptyFrameHeader,
   encodeStepPlan,
   FRAME_HEADER_BYTES,
   FRAME_KIND,
   type FrameHeader,
   readFrameHeader,
-  type StepPlan,
   SUBJECTS,
   unpackMessage,
   writeFrameHeader,
 } from '@lamina/protocol';
 import { createLogger, Registry } from '@lamina/runtime';
-import { type KvLayout, LaminaError } from '@lamina/tensor';
+import { attendBytes, type KvLayout, LaminaError, type StepPlan } from '@lamina/tensor';
 import { expect, test } from 'vitest';
 import { ShardStats } from '../src/shard-stats.ts';
 import { TensorPlane } from '../src/tensor-plane.ts';
@@ -46,7 +44,7 @@ class FakeKernel implements AttentionKernel {
   /** Attends are done when `attend` returns. */
   isBrief = false;
 
-  beginStep(plan: KernelPlan): KernelStep {
+  beginStep(plan: StepPlan): KernelStep {
     const step = { plan };
     this.open.add(step);
     return step;
@@ -239,7 +237,7 @@ test('a layer of another shard of the step is refused, though its size fits', ()
 
 test('nothing is answered where only services publish, save to a worker', () => {
   const { kernel, sent, stats, receive, sendPlan } = setUp();
-  for (const reply of ['$JS.API.STREAM.PURGE.LAMINA_WORK', SUBJECTS.work('w'), SUBJECTS.shardTensors('s')]) {
+  for (const reply of ['$JS.API.STREAM.PURGE.LAMINA_WORK', SUBJECTS.work('k', 'w'), SUBJECTS.shardTensors('s')]) {
     sendPlan({}, reply);
     receive(new Uint8Array(5), reply);
   }
@@ -311,6 +309,29 @@ test('what comes again after its answer, or is older than what is known, changes
   expect([kernel.attends.length, sent.length]).toEqual([1, 1]);
   // The step goes on where it was.
   sendLayer(1);
+  expect(kernel.attends).toHaveLength(2);
+});
+
+test('when the connection was cut every origin is told once, with a step of its own or none in flight, and those that are fenced are not', () => {
+  const { kernel, sent, stats, plane, sendPlan, sendLayer } = setUp();
+  sendPlan({ waveIndex: 1 }, 'one');
+  sendPlan({ waveIndex: 2 }, 'one');
+  sendPlan({ originId: 2 }, 'two');
+  sendPlan({ originId: 3 }, 'three');
+  sendLayer(0, { originId: 2 });
+  kernel.attends[0]!.done(null);
+  plane.fence([3]);
+  sent.length = 0;
+  plane.connectionCut();
+  expect(sent).toMatchObject([
+    { subject: 'one', header: { kind: FRAME_KIND.failure, originId: 1, waveIndex: 1, stepId: 1 } },
+    { subject: 'two', header: { kind: FRAME_KIND.failure, originId: 2, waveIndex: 0, stepId: 1 } },
+  ]);
+  for (const { data } of sent)
+    expect(unpackMessage(data.subarray(FRAME_HEADER_BYTES))).toMatchObject({ code: 'unavailable', retryAfterMs: 0 });
+  expect(stats.failures).toBe(0);
+  // The step itself goes on, if its executor does.
+  sendLayer(1, { originId: 2 });
   expect(kernel.attends).toHaveLength(2);
 });
 

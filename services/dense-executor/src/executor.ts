@@ -8,7 +8,7 @@
  */
 import { ACK_WAIT_MS, AnswerWriter, type StoredAnswer, type TokenStream, type WorkLease } from '@lamina/bus';
 import type { ModelDescription, Tokenizer } from '@lamina/model';
-import { PastCancels, type WorkItem } from '@lamina/protocol';
+import { errorBodyOf, type FinishReason, PastCancels, type WorkItem } from '@lamina/protocol';
 import type { Logger } from '@lamina/runtime';
 import { asLaminaError, type KvLayout, LaminaError } from '@lamina/tensor';
 import { createActor, fromPromise } from 'xstate';
@@ -32,8 +32,6 @@ export interface ExecutorOptions {
   readonly log: Logger;
 }
 
-/** An item that ends every executor that takes it must not end them all: so many in a row may store nothing of its answer. */
-const MAX_VAIN_DELIVERIES = 10;
 const NOTHING_STORED: StoredAnswer = { tokens: [], lastSequence: 0, deliveryCount: 0 };
 /** Before a request is offered again whose stored part cannot be read. */
 const RELEASE_DELAY_MS = 1_000;
@@ -52,6 +50,7 @@ export class Executor {
   readonly #resuming = new Map<string, WorkLease>();
   #pool: StepRunner | undefined;
   #renewal: NodeJS.Timeout | undefined;
+  #isHandingBack = false;
 
   constructor(options: ExecutorOptions) {
     const { scheduler, metrics, log } = options;
@@ -177,11 +176,13 @@ export class Executor {
       answer,
       writer,
       requests.clients.enter(item.client),
+      stored,
     );
+    let finishReason: FinishReason | null = null;
     for (const { token } of stored.tokens) {
-      if (token === null) continue;
-      request.tokens.push(token);
-      answer.push({ token, logprob: Number.NaN, topLogprobs: [] });
+      // All of them are taken up, whichever ends it.
+      const reason = token === null ? null : answer.resume(token);
+      finishReason ??= reason;
     }
     requests.add(request);
     this.#renewal ??= setInterval(() => this.#renewLeases(), ACK_WAIT_MS / 3);
@@ -189,20 +190,15 @@ export class Executor {
     const deadlineMs = item.deadlineAtMs === null ? null : Math.max(0, item.deadlineAtMs - Date.now());
     request.actor = createActor(this.#machineFor(request), { input: { requestId: item.id, deadlineMs } });
     request.actor.start();
-    const problem = this.#problemWith(item, numVainDeliveries(lease, stored));
-    if (problem !== undefined) requests.send(request, { type: 'FAIL', error: problem });
+    const problem = this.#problemWith(item);
+    if (finishReason !== null) this.#finishStored(request, finishReason);
+    else if (problem !== undefined) requests.send(request, { type: 'FAIL', error: problem });
     else if (this.#cancels.hasCancelled(item.id, submittedAtMs)) requests.send(request, { type: 'CANCEL' });
     else this.tables.admitQueued();
   }
 
   /** What the gateway should have refused; checked again, since one bad token id would fail every request of its wave. */
-  #problemWith({ model, tokenIds, maxTokens }: WorkItem, numVain: number): LaminaError | undefined {
-    if (numVain > MAX_VAIN_DELIVERIES) {
-      return new LaminaError(
-        'internal',
-        `given up after ${MAX_VAIN_DELIVERIES} executors in a row stored nothing of it`,
-      );
-    }
+  #problemWith({ model, tokenIds, maxTokens }: WorkItem): LaminaError | undefined {
     const { modelId, vocabSize, contextLength } = this.#options.description;
     if (model !== modelId) return new LaminaError('unknown_model', `this executor serves "${modelId}", not "${model}"`);
     if (tokenIds.length + maxTokens > contextLength) {
@@ -244,9 +240,16 @@ export class Executor {
     void this.#forget(request, finishReason);
   }
 
+  /** The rest of an answer may be asked for with another max_tokens or stop: what is stored is enough then. */
+  #finishStored(request: GenerationRequest, finishReason: FinishReason): void {
+    request.writer.push(request.answer.end(finishReason));
+    this.requests.send(request, { type: 'FINISHED' });
+    void this.#forget(request, finishReason);
+  }
+
   #endWithoutToken(request: GenerationRequest, reason: 'cancelled' | 'error', error: LaminaError | null): void {
     if (error !== null) this.#options.log.info({ err: error, id: request.id }, 'request failed');
-    const body = error === null ? undefined : { code: error.code, message: error.message };
+    const body = error === null ? undefined : errorBodyOf(error);
     request.writer.push(request.answer.end(reason, body));
     void this.#forget(request, reason);
   }
@@ -277,9 +280,12 @@ export class Executor {
     if (!this.#cancels.add(requestId)) this.#options.metrics.ignored.inc({ reason: 'bad_cancel_id' });
   }
 
-  /** Forgets a request that another executor has now; its lease is not ours to complete. */
+  /** Forgets a request that another executor has now, or will have; its lease is not ours to complete. */
   #drop(request: GenerationRequest): void {
-    this.#options.log.warn({ id: request.id }, 'another executor has the request from now on');
+    const { log } = this.#options;
+    const { id } = request;
+    if (this.#isHandingBack) log.info({ id }, 'the request goes back to the queue: this executor stops');
+    else log.warn({ id }, 'another executor has the request from now on');
     this.#remove(request);
   }
 
@@ -289,6 +295,7 @@ export class Executor {
 
   /** Hands every unfinished request back to the queue: first its tokens end, so that another goes on after the last one. */
   async handBack(): Promise<void> {
+    this.#isHandingBack = true;
     const handing = [...this.requests.all()].map(async (request) => {
       const { phase, writer, lease } = request;
       const isEnding = phase === 'finished' || phase === 'cancelled' || phase === 'failed';
@@ -297,9 +304,4 @@ export class Executor {
     });
     await Promise.all(handing);
   }
-}
-
-/** How often the item was given out since something of its answer was stored. A queue that was made anew counts from 1. */
-function numVainDeliveries({ deliveryCount }: WorkLease, stored: StoredAnswer): number {
-  return deliveryCount < stored.deliveryCount ? deliveryCount : deliveryCount - stored.deliveryCount;
 }

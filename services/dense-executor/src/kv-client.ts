@@ -140,14 +140,23 @@ export class KvClient {
     if (!this.#isStopped) this.#timer = setTimeout(() => void this.#heartbeat(), intervalMs);
   }
 
-  /** @throws LaminaError `kv_capacity_exceeded`, `overloaded`, `unavailable`, `duplicate_id` when another executor has it. */
-  async allocate(requestId: string, numTokens: number, maxTokens: number, deliveryCount: number): Promise<BlockRef[]> {
+  /**
+   * @throws LaminaError `kv_capacity_exceeded`, `overloaded`, `unavailable`, `duplicate_id` when another executor has it,
+   * `internal` when it has cost too many executors already.
+   */
+  async allocate(
+    requestId: string,
+    numTokens: number,
+    maxTokens: number,
+    deliveryCount: number,
+    vainDeliveryCount: number,
+  ): Promise<BlockRef[]> {
     const { bus, executorId, requestTimeoutMs } = this.#options;
     // Allocating gives a former table up, so a free that is still open would hit the new one.
     this.#unconfirmedFrees.delete(requestId);
     this.#held.add(requestId);
     try {
-      const body = { requestId, executorId, numTokens, maxTokens, deliveryCount };
+      const body = { requestId, executorId, numTokens, maxTokens, deliveryCount, vainDeliveryCount };
       return (await bus.request(ENDPOINTS.allocate, body, { timeoutMs: requestTimeoutMs })).blocks;
     } catch (cause) {
       this.#held.delete(requestId);

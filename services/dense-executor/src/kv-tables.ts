@@ -98,7 +98,7 @@ export class KvTables implements KvEvents {
     const numTokens = Math.min(request.tokens.length + this.#blockSizeTokens, maxHeldTokens);
     const numEvents = this.#numCapacityEvents;
     const { deliveryCount } = request.lease;
-    const asked = kv.allocate(request.id, numTokens, maxHeldTokens, deliveryCount);
+    const asked = kv.allocate(request.id, numTokens, maxHeldTokens, deliveryCount, request.vainDeliveryCount);
     const blockTable = await asked.catch((cause: unknown) => {
       // It may have been done although no answer came.
       if (asLaminaError(cause).code === 'unavailable') void kv.free(request.id);
@@ -141,6 +141,7 @@ export class KvTables implements KvEvents {
   /** The effect of leaving a state that holds KV; may be called when there is none. */
   release(request: GenerationRequest): void {
     request.kvGeneration++;
+    request.numRefusals = 0;
     request.isStarved = false;
     request.isExtending = false;
     request.isKvLost = false;

@@ -15,6 +15,7 @@ import { LaminaError } from '@lamina/tensor';
 import { Executor } from './executor.ts';
 import { KvClient } from './kv-client.ts';
 import { KvLease } from './kv-lease.ts';
+import { endUnreadable } from './lost-answer.ts';
 import { ExecutorMetrics } from './metrics.ts';
 import { Scheduler } from './scheduling/scheduler.ts';
 import { WorkerPool } from './worker-pool.ts';
@@ -51,11 +52,12 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
     running: () => executor.requests.size,
     waves: () => executor.steps.numInFlight,
   });
+  const tokens = new TokenStream(bus, complain);
   const executor: Executor = new Executor({
     description,
     tokenizer,
     scheduler,
-    tokens: new TokenStream(bus, complain),
+    tokens,
     metrics,
     log,
   });
@@ -121,12 +123,13 @@ export async function startDenseExecutor(context: ServiceContext): Promise<Runni
 
   let isStopping = false;
   const queue = new WorkQueue(bus);
+  const endAnswer = (requestId: string, error: LaminaError): Promise<void> => endUnreadable(tokens, requestId, error);
   const leasing = async (): Promise<void> => {
     while (!isStopping) {
       await executor.requests.below(config.maxRunningRequests);
       if (isStopping) return;
       try {
-        const lease = await queue.lease(LEASE_WAIT_MS, complain);
+        const lease = await queue.lease(LEASE_WAIT_MS, complain, endAnswer);
         if (lease === undefined) continue;
         if (isStopping) lease.release();
         else executor.admit(lease);

@@ -9,9 +9,13 @@
  * 4. A step is aborted when it keeps blocks that are to be free and a good part of it is for nothing; its other requests run
  *    again with their KV. Of two steps of a wave in a row that others take part in, at most one is aborted: who submits and
  *    cancels in a loop cannot stop them.
+ * 5. A step that fails here, for a reason that may be one request's own (memory for a long chunk, an exception of ONNX
+ *    Runtime), ends no request that shared it: each of them runs alone once, and who fails alone ends.
+ * 6. A frame that a shard or a worker refuses says nothing of the KV: its step runs again with it, and only one that is refused
+ *    again and again costs more. So what one bad frame costs does not grow with the contexts of those in the step.
  */
 import type { Logger } from '@lamina/runtime';
-import { ERROR_CODES, LaminaError } from '@lamina/tensor';
+import { ERROR_CODES, type ErrorCode, LaminaError } from '@lamina/tensor';
 import type { KvTables } from './kv-tables.ts';
 import type { ExecutorMetrics } from './metrics.ts';
 import type { GenerationRequest } from './request/request.ts';
@@ -36,6 +40,8 @@ export interface StepLoopOptions {
 }
 
 const HOLD_MS = 200;
+/** Refusals in a row after which a step is not just run again: then it is no frame on its way that is bad. */
+const MAX_REFUSALS = 3;
 /** Rows without a use for which the rows of others are computed twice: more than those of a decoding request with its drafts. */
 const MIN_VOID_ROWS = 32;
 
@@ -111,6 +117,7 @@ export class StepLoop {
   onStepDone(wave: number, result: StepDone): void {
     const { requests, metrics, scheduler } = this.#options;
     const { entries } = this.#endStep(wave);
+    if (entries.length === 1) entries[0]!.request.runsAlone = false;
     scheduler.stepTook(entries, result.timings.totalMs);
     let row = 0;
     for (const entry of entries) {
@@ -119,6 +126,7 @@ export class StepLoop {
       const isSampled = numComputed === request.tokens.length;
       if (entry.kvGeneration === request.kvGeneration) {
         request.numComputed = numComputed;
+        request.numRefusals = 0;
         if (request.phase === 'prefill') metrics.prefilledTokens.inc(numTokens);
         if (!isSampled) requests.send(request, { type: 'CHUNK_READY' });
         else if (draft.length === 0) this.#onSampled(request, result, row);
@@ -169,7 +177,7 @@ export class StepLoop {
   onStepFailed(wave: number, result: StepFailed): void {
     const { requests, tables, metrics, log } = this.#options;
     const { entries, isAborted } = this.#endStep(wave);
-    const { code, message, shardIds } = result;
+    const { code, message, shardIds, isRefusal } = result;
     if (isAborted && shardIds.length === 0 && ERROR_CODES[code].retryable) metrics.abortedSteps.inc();
     else {
       metrics.failedSteps.inc({ code });
@@ -177,10 +185,12 @@ export class StepLoop {
     }
     for (const { request, kvGeneration } of entries) {
       if (kvGeneration !== request.kvGeneration) continue;
-      // A retryable failure that is no shard's leaves the KV as it was: the same tokens run again.
-      if (shardIds.length === 0 && ERROR_CODES[code].retryable) continue;
-      if (shardIds.length === 0) requests.send(request, { type: 'FAIL', error: new LaminaError(code, message) });
+      // A failure that is no shard's leaves the KV as it was: the same tokens run again.
+      if (shardIds.length === 0 && isPassing(code)) continue;
+      if (shardIds.length === 0 && entries.length > 1) request.runsAlone = true;
+      else if (shardIds.length === 0) requests.send(request, { type: 'FAIL', error: new LaminaError(code, message) });
       else if (!shardIds.some((shardId) => request.hasBlocksOn(shardId))) continue;
+      else if (isRefusal && ++request.numRefusals <= MAX_REFUSALS) continue;
       else if (code === 'unavailable') this.#holdBack(request, shardIds);
       else tables.lose(request);
     }
@@ -213,3 +223,6 @@ export class StepLoop {
     this.pump();
   }
 }
+
+/** Whether the same step may succeed at once: memory that is short may stay so. */
+const isPassing = (code: ErrorCode): boolean => ERROR_CODES[code].retryable && code !== 'overloaded';

@@ -1,7 +1,7 @@
 /** Requests that a gateway ended while their items waited: cancelled, or past their deadline. */
 import { LaminaError } from '@lamina/tensor';
-import { beforeEach, expect, test, vi } from 'vitest';
-import { Bench, ScriptedKv, settle } from './executor-bench.ts';
+import { beforeEach, describe, expect, test, vi } from 'vitest';
+import { Bench, description, ScriptedKv, settle } from './executor-bench.ts';
 
 let kv: ScriptedKv;
 let bench: Bench;
@@ -107,26 +107,81 @@ test('an item whose answer another process writes meanwhile is left to that', as
   expect([bench.completed, bench.released, bench.messages]).toEqual([[], [], []]);
 });
 
+describe('an answer that was cut off', () => {
+  const token = (index: number) => ({ id: 'r', index, token: 40 + index, text: '', finish_reason: null });
+
+  test.each([
+    ['more', 7],
+    ['as many', 5],
+  ])(
+    'has %s tokens than are asked for now: it ends with `length` at once, behind what is stored',
+    async (_, numStored) => {
+      bench.stored = Array.from({ length: numStored }, (_, index) => token(index));
+      bench.admit({ id: 'r', maxTokens: 5, deliveryCount: 2 });
+      await settle();
+      expect(bench.messages).toMatchObject([
+        { id: 'r', index: numStored, token: null, finish_reason: 'length', usage: { completion_tokens: numStored } },
+      ]);
+      expect([bench.completed, kv.log, bench.executor.requests.size]).toEqual([['r'], [], 0]);
+    },
+  );
+
+  test('has fewer: the rest is computed', async () => {
+    bench.stored = Array.from({ length: 4 }, (_, index) => token(index));
+    bench.admit({ id: 'r', maxTokens: 5, deliveryCount: 2 });
+    await settle();
+    expect([bench.messages, bench.completed, kv.log]).toEqual([[], [], ['allocate r']]);
+  });
+
+  test('has a token that ends it by what is asked for now', async () => {
+    bench.stored = [token(0), { ...token(1), token: description.eosTokenIds[0]! }];
+    bench.admit({ id: 'r', maxTokens: 50, deliveryCount: 2, ignoreEos: false });
+    await settle();
+    expect(bench.messages).toMatchObject([{ index: 2, token: null, finish_reason: 'stop' }]);
+  });
+});
+
 test.for([
-  // Delivery, that of the last stored message, whether it is computed.
-  [10, 0, true],
-  [11, 0, false],
-  [11, 1, true],
-  [12, 1, false],
-  [50, 49, true],
-  [50, 40, true],
-  [50, 39, false],
+  // Delivery, that of the last stored message, those in vain.
+  [1, 0, 1],
+  [11, 0, 11],
+  [11, 1, 10],
+  [50, 49, 1],
+  [50, 50, 1],
   // The queue was made anew and counts from 1.
-  [10, 50, true],
-  [11, 50, false],
+  [11, 50, 11],
 ] as const)(
-  'an item of delivery %i, of which that of %i stored something, is computed: %s',
-  async ([delivery, last, isComputed]) => {
+  'an item of delivery %i, of which that of %i stored something, is begun, and the kv-manager told that %i were in vain',
+  async ([delivery, last, numVain]) => {
     bench.stored = last === 0 ? [] : [{ id: 'r', index: 0, token: 5, text: '', finish_reason: null }];
     bench.storedDeliveryCount = last;
-    bench.admit({ id: 'r', maxTokens: 50, deliveryCount: delivery });
+    bench.admit({ id: 'r', numPromptTokens: 20, maxTokens: 50, deliveryCount: delivery });
     await settle();
-    expect(kv.log).toEqual(isComputed ? ['allocate r'] : []);
-    expect(bench.messages).toMatchObject(isComputed ? [] : [{ id: 'r', error: { code: 'internal' } }]);
+    const call = kv.next();
+    expect(call).toMatchObject({ kind: 'allocate', deliveryCount: delivery, vainDeliveryCount: numVain });
+    call.give(5);
+    await settle();
+    bench.finish(0);
+    // It got further: what it asks for anew is in vain no more.
+    bench.failStep(0, 'shard_lost', ['a']);
+    expect(kv.next()).toMatchObject({ kind: 'allocate', deliveryCount: delivery, vainDeliveryCount: 1 });
   },
 );
+
+test('an item that the kv-manager gives up ends with its error', async () => {
+  bench.admit({ id: 'r', maxTokens: 50, deliveryCount: 11 });
+  await settle();
+  kv.next().refuse('internal');
+  await settle();
+  expect(bench.messages).toMatchObject([{ id: 'r', finish_reason: 'error', error: { code: 'internal' } }]);
+  expect(bench.completed).toEqual(['r']);
+});
+
+test("a request that goes back to the queue is not said to be another executor's", async () => {
+  const [info, warn] = [vi.spyOn(bench.log, 'info'), vi.spyOn(bench.log, 'warn')];
+  bench.admit({ id: 'r', maxTokens: 50 });
+  await bench.executor.handBack();
+  expect(bench.released).toEqual(['r']);
+  expect(info).toHaveBeenCalledWith({ id: 'r' }, expect.stringContaining('back to the queue'));
+  expect(warn).not.toHaveBeenCalled();
+});

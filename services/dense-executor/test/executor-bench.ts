@@ -17,7 +17,7 @@ import type { StepRequest } from '../src/worker/messages.ts';
 
 const MODEL = fileURLToPath(new URL('../../../models/lamina-tiny', import.meta.url));
 const tokenizer = await loadTokenizer(MODEL);
-const description = await readModel(MODEL);
+export const description = await readModel(MODEL);
 
 export const BLOCK = 16;
 export const LAYOUT: KvLayout = { ...description.attention, blockSizeTokens: BLOCK, kvDtype: 'f32' };
@@ -30,6 +30,7 @@ export interface KvCall {
   readonly numBlocks: number;
   readonly numTokens: number;
   readonly deliveryCount: number;
+  readonly vainDeliveryCount: number;
   /** Gives block number `first` and following of `shardId`. */
   give(count: number, shardId?: string, first?: number): void;
   refuse(code: ErrorCode): void;
@@ -67,12 +68,18 @@ export class ScriptedKv implements KvCalls {
     });
   }
 
-  allocate(requestId: string, numTokens: number, _maxTokens: number, deliveryCount: number): Promise<BlockRef[]> {
-    return this.#ask({ kind: 'allocate', requestId, numBlocks: 0, numTokens, deliveryCount });
+  allocate(
+    requestId: string,
+    numTokens: number,
+    _maxTokens: number,
+    deliveryCount: number,
+    vainDeliveryCount: number,
+  ): Promise<BlockRef[]> {
+    return this.#ask({ kind: 'allocate', requestId, numBlocks: 0, numTokens, deliveryCount, vainDeliveryCount });
   }
 
   extend(requestId: string, numBlocks: number, numTokens: number): Promise<BlockRef[]> {
-    return this.#ask({ kind: 'extend', requestId, numBlocks, numTokens, deliveryCount: 0 });
+    return this.#ask({ kind: 'extend', requestId, numBlocks, numTokens, deliveryCount: 0, vainDeliveryCount: 0 });
   }
 
   suspect(shardId: string): Promise<void> {
@@ -99,6 +106,8 @@ export interface BenchRequest {
   readonly client?: string | undefined;
   readonly priority?: number;
   readonly deliveryCount?: number;
+  /** Default true. */
+  readonly ignoreEos?: boolean;
   readonly deadlineAtMs?: number;
   /** Since the gateway got it; default 0. */
   readonly waitedMs?: number;
@@ -108,6 +117,7 @@ export interface BenchRequest {
 export class Bench {
   readonly executor: Executor;
   readonly metrics: ExecutorMetrics;
+  readonly log = createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' });
   /** Messages of all answers. */
   readonly messages: TokenMessage[] = [];
   readonly completed: string[] = [];
@@ -159,7 +169,7 @@ export class Bench {
         },
       },
       metrics: this.metrics,
-      log: createLogger({ level: 'silent', service: 'dense-executor', instance: 'test' }),
+      log: this.log,
     });
     const pool = {
       run: (wave: number, step: StepRequest) => void this.steps.set(wave, step),
@@ -178,6 +188,7 @@ export class Bench {
     client,
     priority = 0,
     deliveryCount = 1,
+    ignoreEos = true,
     deadlineAtMs,
     waitedMs = 0,
   }: BenchRequest): void {
@@ -190,7 +201,7 @@ export class Bench {
         sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1 },
         stop: [],
         logprobs: null,
-        ignoreEos: true,
+        ignoreEos,
         priority,
         deadlineAtMs: deadlineAtMs ?? null,
         encoding: 'json',
@@ -228,10 +239,10 @@ export class Bench {
     });
   }
 
-  failStep(wave: number, code: ErrorCode, shardIds: readonly string[]): void {
+  failStep(wave: number, code: ErrorCode, shardIds: readonly string[], isRefusal = false): void {
     const { waveIndex, stepId } = this.steps.get(wave)!;
     this.steps.delete(wave);
-    const why = { code, message: 'scripted', shardIds };
+    const why = { code, message: 'scripted', shardIds, isRefusal };
     this.executor.steps.onStepFailed(wave, { kind: 'stepFailed', waveIndex, stepId, ...why });
   }
 }

@@ -223,6 +223,103 @@ describe('a step that failed', () => {
     expect(bench.steps.get(0)?.tokenIds).toHaveLength(20);
   });
 
+  /** Two requests that decode in one step; a third is in the other wave. */
+  async function pair(): Promise<number> {
+    for (const id of ['one', 'other', 'two']) await running(id);
+    expect(waveOf('two')).toBe(waveOf('one'));
+    const wave = waveOf('one');
+    bench.finish(wave);
+    while (bench.steps.get(wave)!.tokenIds.length > 2) bench.finish(wave);
+    expect(bench.steps.get(wave)!.sampledRows).toHaveLength(2);
+    return wave;
+  }
+  const numTokens = (id: string): number => bench.request(id).answer.numTokens;
+
+  test.each(['internal', 'overloaded', 'protocol_violation'] as const)(
+    'by itself, as %s, runs again one request at a time with its KV; who fails alone ends, the others go on',
+    async (code) => {
+      const wave = await pair();
+      const before = { one: numTokens('one'), two: numTokens('two') };
+      bench.failStep(wave, code, []);
+      expect(bench.steps.get(wave)!.sampledRows).toHaveLength(1);
+      bench.failStep(wave, code, []);
+      await settle();
+      const [failed, left] =
+        bench.executor.requests.get('one') === undefined ? (['one', 'two'] as const) : (['two', 'one'] as const);
+      expect(bench.messages.at(-1)).toMatchObject({ id: failed, finish_reason: 'error', error: { code } });
+      expect(bench.steps.get(wave)!.sampledRows).toHaveLength(1);
+      bench.finish(wave);
+      bench.finish(wave);
+      expect(numTokens(left)).toBe(before[left] + 2);
+      expect(kv.log.filter((call) => call !== `free ${failed}`)).toEqual([
+        'allocate one',
+        'allocate other',
+        'allocate two',
+      ]);
+    },
+  );
+
+  test('by itself and of which each request runs alone is formed of all again', async () => {
+    const wave = await pair();
+    const before = [numTokens('one'), numTokens('two')];
+    bench.failStep(wave, 'internal', []);
+    bench.finish(wave);
+    bench.finish(wave);
+    expect([numTokens('one'), numTokens('two')]).toEqual(before.map((count) => count + 1));
+    expect(bench.steps.get(wave)!.sampledRows).toHaveLength(2);
+  });
+
+  test('by itself with long chunks runs again with chunks that are no longer than beside others', async () => {
+    for (const id of ['one', 'other', 'two']) {
+      bench.admit({ id, numPromptTokens: 400, maxTokens: 60 });
+      kv.next().give(26);
+      await settle();
+    }
+    const wave = waveOf('two');
+    bench.finish(wave);
+    expect(bench.steps.get(wave)!.tokenIds.length).toBeGreaterThan(256);
+    bench.failStep(wave, 'overloaded', []);
+    expect(bench.steps.get(wave)!.tokenIds.length).toBeLessThanOrEqual(256);
+  });
+
+  test.each(['protocol_violation', 'unavailable', 'internal'] as const)(
+    'by a frame that was refused (%s) is run again at once with its KV, and a step that is done forgives it',
+    async (code) => {
+      await running('r');
+      for (let token = 0; token < 5; token++) {
+        for (let refusal = 0; refusal < 3; refusal++) {
+          const { numComputed } = bench.request('r');
+          bench.failStep(0, code, ['a'], true);
+          expect(bench.request('r')).toMatchObject({ numComputed, isInStep: true });
+        }
+        bench.finish(0);
+        await settle();
+      }
+      expect(kv.log.filter((call) => !call.startsWith('extend'))).toEqual(['allocate r']);
+      expect(kv.suspected).toEqual([]);
+    },
+  );
+
+  test('by frames that are refused four times in a row has its KV computed again, or is held', async () => {
+    await running('lost');
+    await running('held', { shardId: 'b' });
+    const waves = { lost: waveOf('lost'), held: waveOf('held') };
+    bench.finish(waves.lost);
+    bench.finish(waves.held);
+    for (let refusal = 0; refusal < 3; refusal++) {
+      bench.failStep(waves.lost, 'protocol_violation', ['a'], true);
+      bench.failStep(waves.held, 'unavailable', ['b'], true);
+      expect(bench.steps.size).toBe(2);
+    }
+    bench.failStep(waves.lost, 'protocol_violation', ['a'], true);
+    bench.failStep(waves.held, 'unavailable', ['b'], true);
+    expect(kv.log).toEqual(['allocate lost', 'allocate held', 'free lost', 'allocate lost']);
+    expect(kv.suspected).toEqual(['b']);
+    expect(bench.steps.size).toBe(0);
+    await vi.advanceTimersByTimeAsync(200);
+    expect(bench.request('held').isInStep).toBe(true);
+  });
+
   test('while the lease is not held waits for it', async () => {
     await running('r');
     kv.holdsLease = false;

@@ -1,5 +1,7 @@
 /** Continuous batching and step plans: budgets, fairness, and that every token and block is in its place. */
-import { BLOCK_FIELDS, decodeStepPlan, FRAME_HEADER_BYTES, SEGMENT_FIELDS } from '@lamina/protocol';
+
+import { decodeStepPlan, FRAME_HEADER_BYTES } from '@lamina/protocol';
+import { BLOCK_FIELDS, SEGMENT_FIELDS } from '@lamina/tensor';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { Scheduler } from '../src/scheduling/scheduler.ts';

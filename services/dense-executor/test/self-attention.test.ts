@@ -79,4 +79,19 @@ describe('SelfAttention', () => {
     }
     await subject.close();
   });
+
+  it('that has no memory for a chunk says so, and takes the next one', async () => {
+    const subject = new SelfAttention(SPEC, 1);
+    const chunk = request({ numPromptTokens: 40 });
+    const entries = [{ request: chunk, start: 0, numTokens: 40, draft: [], kvGeneration: 0 }];
+    const shape = { blockSizeTokens: BLOCK, windowTokens: Number.POSITIVE_INFINITY, kvDtype: 'f32' as const };
+    const self = buildStep(entries, shape, 0, 1, 1).step.self!;
+    const refused = await subject.begin({ ...self, numBlocks: 2 ** 26 }).catch((cause: unknown) => cause);
+    expect(refused).toMatchObject({
+      code: 'overloaded',
+      message: expect.stringContaining('LAMINA_MAX_BATCHED_TOKENS'),
+    });
+    await subject.begin(self);
+    await subject.close();
+  });
 });

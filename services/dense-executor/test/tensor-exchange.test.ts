@@ -191,6 +191,35 @@ describe('a step that fails', () => {
     await expect(failing).rejects.toMatchObject({ code: 'numeric_error', diagnostics: { shardIds: ['b'] } });
   });
 
+  test('because a part of an answer is missing says so, and does not wait for it', async () => {
+    const step = new Step(['a', 'b']);
+    const answered = step.dispatch(0);
+    const asked = step.sent[1]!;
+    const header = { ...asked, kind: FRAME_KIND.partial, bodyBytes: 72, partOffset: 40 };
+    const frame = new Uint8Array(FRAME_HEADER_BYTES + 32);
+    writeFrameHeader(frame, header);
+    expect(step.exchange.receive(frame, header)).toBe(true);
+    await expect(answered).rejects.toMatchObject({ code: 'protocol_violation', diagnostics: { shardIds: ['b'] } });
+  });
+
+  test('says whether only a frame was refused: by a shard, damaged, or of another size', async () => {
+    const step = new Step(['a', 'b']);
+    const refused = { diagnostics: { shardIds: ['a'], isRefusal: true } };
+    const first = step.dispatch(0);
+    step.exchange.receiveFailure(step.sent[0]!, new LaminaError('protocol_violation', 'no such step'));
+    await expect(first).rejects.toMatchObject(refused);
+    step.begin(['a', 'b'], 8);
+    const second = step.dispatch(0);
+    const frame = new Uint8Array(FRAME_HEADER_BYTES + 4);
+    const header = { ...step.sent[0]!, kind: FRAME_KIND.partial, bodyBytes: 4 };
+    writeFrameHeader(frame, header);
+    expect(step.exchange.receive(frame, header)).toBe(true);
+    await expect(second).rejects.toMatchObject({ code: 'protocol_violation', ...refused });
+    step.begin(['a', 'b'], 9);
+    step.exchange.shardIsGone(0);
+    await expect(step.dispatch(0)).rejects.toMatchObject({ diagnostics: { shardIds: ['a'], isRefusal: false } });
+  });
+
   test('because it is aborted ends at once or sends nothing more, and blames no shard; another step goes on', async () => {
     const step = new Step(['a', 'b']);
     const answered = step.dispatch(0);

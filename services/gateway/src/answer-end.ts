@@ -1,7 +1,7 @@
 /**
  * Owns the last messages that a gateway writes itself: of a request that was cancelled, refused, or is past its deadline.
  */
-import type { ErrorBody, TokenMessage } from '@lamina/protocol';
+import { errorBodyOf, type TokenMessage } from '@lamina/protocol';
 import { LaminaError } from '@lamina/tensor';
 
 /** How far an answer came. */
@@ -19,9 +19,7 @@ export function cancelledEnd(id: string, { promptTokens, completionTokens }: Ans
 
 /** The end of a request that failed after `completionTokens` tokens. */
 export function failedEnd(id: string, completionTokens: number, error: LaminaError): TokenMessage {
-  const { code, message, retryAfterMs } = error;
-  const body: ErrorBody = { code, message, ...(retryAfterMs !== undefined && { retryAfterMs }) };
-  return { id, index: completionTokens, token: null, text: '', finish_reason: 'error', error: body };
+  return { id, index: completionTokens, token: null, text: '', finish_reason: 'error', error: errorBodyOf(error) };
 }
 
 export function deadlineExceeded(): LaminaError {

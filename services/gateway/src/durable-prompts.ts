@@ -7,27 +7,21 @@
  * 2. A prompt is never refused because the cluster is full or down: it waits, here or in the stream.
  * 3. An error never replaces an answer: it is stored only where nothing is stored under its id.
  * 4. Generated ids begin again with a new LAMINA_PROMPTS: one whose answer is still stored from before waits until it is not.
- * 5. At most MAX_IN_HAND prompts are in hand, with their bodies; the others wait in an order that is fair between clients
+ * 5. A body is read once while its prompt is in hand. While nobody can answer, or there is too little KV for it, neither body
+ *    nor streams are read, unless to end it.
+ * 6. At most MAX_IN_HAND prompts are in hand, with their bodies; the others wait in an order that is fair between clients
  *    (waiting-prompts.ts), their bodies in the stream.
  */
 import type { DurablePrompt, PromptQueue, TokenStream } from '@lamina/bus';
-import {
-  encodingOf,
-  idSchema,
-  type ParsedGenerateBody,
-  PastCancels,
-  parseGenerateBody,
-  requestIdOf,
-  type TokenMessage,
-  type WireEncoding,
-  type WorkItem,
-} from '@lamina/protocol';
-import type { Counter, Logger } from '@lamina/runtime';
+import { PastCancels, SUBJECTS, type TokenMessage, type WireEncoding, type WorkItem } from '@lamina/protocol';
+import type { Complain, Counter, Logger } from '@lamina/runtime';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { cancelledEnd, deadlineExceeded, failedEnd } from './answer-end.ts';
 import { CLIENT_HEADER, clientIdOf, DEFAULT_CLIENT } from './client-id.ts';
 import { type ClusterView, requireAvailable } from './cluster-view.ts';
+import { LargePrompts } from './large-prompts.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
+import { type PromptTerms, type ReadPrompt, readPrompt } from './read-prompt.ts';
 import type { RequestState } from './request-state.ts';
 import { type WaitingPrompt, WaitingPrompts } from './waiting-prompts.ts';
 
@@ -40,7 +34,9 @@ export interface DurablePromptsParts extends PreparationParts {
   readonly cluster: Pick<ClusterView, 'recent'>;
   /** Label `outcome`: submitted, known, cancelled, or an error code. */
   readonly counter: () => Counter<'outcome'>;
-  readonly log: Pick<Logger, 'debug' | 'warn' | 'error'>;
+  readonly log: Pick<Logger, 'debug' | 'error'>;
+  /** For what prompts cause, which come in any number. */
+  readonly complain: Complain;
 }
 
 const MAX_IN_HAND = 32;
@@ -52,7 +48,6 @@ const RETRY_MS = 500;
 const CAPACITY_RETRY_MS = 5_000;
 /** For prompts whose generated id has the answer of a former stream. */
 const FORMER_ANSWER_RETRY_MS = 5_000;
-const MESSAGE_ID_HEADER = 'Nats-Msg-Id';
 
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -61,6 +56,7 @@ export class DurablePrompts {
   readonly #inHand = new Set<DurablePrompt>();
   readonly #cancels = new PastCancels();
   readonly #waiting = new WaitingPrompts();
+  readonly #large = new LargePrompts();
   /** Those that waited and whose bodies are being read. */
   #numOpening = 0;
   #isStopping = false;
@@ -110,7 +106,8 @@ export class DurablePrompts {
     }
   }
 
-  async #open({ aside, client }: WaitingPrompt): Promise<void> {
+  async #open(waiting: WaitingPrompt): Promise<void> {
+    const { aside } = waiting;
     this.#numOpening++;
     try {
       const prompt = await aside.open();
@@ -121,7 +118,7 @@ export class DurablePrompts {
       this.#parts.log.debug({ err: asLaminaError(cause), sequence: aside.sequence }, 'a durable prompt cannot be read');
       await sleep(RETRY_MS);
       if (this.#isStopping) aside.putBack();
-      else this.#waiting.addAgain(aside, client);
+      else this.#waiting.addAgain(waiting);
     } finally {
       this.#numOpening--;
       this.#fillPlaces();
@@ -138,10 +135,18 @@ export class DurablePrompts {
     this.#inHand.add(prompt);
     // A cancel that comes from here on is for this prompt, whatever the clock of the server says.
     const submittedAtMs = Math.min(prompt.storedAtMs, Date.now());
+    const mustEnd = ({ id, deadlineAtMs }: PromptTerms): boolean =>
+      deadlineAtMs <= Date.now() || this.#cancels.hasCancelled(id, submittedAtMs);
+    let read: ReadPrompt | undefined;
     while (this.#inHand.has(prompt)) {
       let delayMs: number | undefined;
       try {
-        const outcome = await this.#attempt(prompt, submittedAtMs);
+        const known = this.#large.of(prompt);
+        if (known !== undefined && !mustEnd(known)) await this.#requireRoom(known.neededTokens);
+        read ??= readPrompt(prompt);
+        if ('request' in read.asked && !mustEnd(read)) await this.#requireRoom(0);
+        const outcome = await this.#attempt(prompt, read, submittedAtMs);
+        this.#large.delete(prompt);
         counter().inc({ outcome });
         if (this.#inHand.delete(prompt)) prompt.done();
       } catch (cause) {
@@ -160,34 +165,30 @@ export class DurablePrompts {
    * Returns how the prompt ended here.
    * @throws LaminaError when it is to be tried again.
    */
-  async #attempt(prompt: DurablePrompt, submittedAtMs: number): Promise<string> {
-    const { submit, cluster, locate } = this.#parts;
-    const headerId = idSchema.safeParse(prompt.header(MESSAGE_ID_HEADER)).data;
-    let id = requestIdOf(prompt.data) ?? headerId ?? generatedId(prompt);
-    let encoding = encodingOf(prompt.data);
+  async #attempt(prompt: DurablePrompt, read: ReadPrompt, submittedAtMs: number): Promise<string> {
+    const { submit, locate } = this.#parts;
+    const { id, encoding, asked } = read;
+    let neededTokens = 0;
     try {
-      const parsed = parseGenerateBody(prompt.data);
-      encoding = parsed.encoding;
-      id = idOf(parsed, prompt);
-      const client = clientIdOf(prompt.header(CLIENT_HEADER));
-      if (id === generatedId(prompt)) await this.#requireOwnAnswer(id, prompt);
+      if (!('request' in asked)) throw asked;
+      const { request, client } = asked;
+      if (read.isIdGenerated) await this.#requireOwnAnswer(id, prompt);
       const state = await locate(id);
       if (state === 'working' || state === 'ended') return 'known';
       if (this.#cancels.hasCancelled(id, submittedAtMs)) {
         const extent = { promptTokens: 0, completionTokens: 0 };
         return (await this.#isStoredFirst(cancelledEnd(id, extent), encoding)) ? 'cancelled' : 'known';
       }
-      const { request } = parsed;
-      const deadlineAtMs = request.deadline_ms === undefined ? Infinity : prompt.storedAtMs + request.deadline_ms;
-      if (deadlineAtMs <= Date.now()) throw deadlineExceeded();
-      requireAvailable(await cluster.recent());
-      const isContinued = state === 'cut';
+      if (read.deadlineAtMs <= Date.now()) throw deadlineExceeded();
       const item = await prepare(this.#parts, request, {
         id,
         encoding,
         client,
         receivedAtMs: prompt.storedAtMs,
-        isContinued,
+        isContinued: state === 'cut',
+        onCounted: (promptTokens) => {
+          neededTokens = promptTokens + (request.max_tokens ?? 1);
+        },
       });
       await submit(item, client);
       return 'submitted';
@@ -198,11 +199,20 @@ export class DurablePrompts {
         if (state === 'working' || state === 'ended') return 'known';
         throw error;
       }
+      if (error.code === 'kv_capacity_exceeded') this.#large.add(prompt, read, neededTokens);
       if (error.retryable || error.code === 'kv_capacity_exceeded') throw error;
-      if (error.code === 'internal') this.#parts.log.error({ err: error, requestId: id }, 'a durable prompt failed');
+      if (error.code === 'internal') this.#parts.complain(error, SUBJECTS.tokens(id));
       if ((await locate(id)) !== 'unknown') return 'known';
       return (await this.#isStoredFirst(failedEnd(id, 0, error), encoding)) ? error.code : 'known';
     }
+  }
+
+  /** @throws LaminaError `unavailable`, `kv_capacity_exceeded` */
+  async #requireRoom(neededTokens: number): Promise<void> {
+    const { kvCapacityTokens } = requireAvailable(await this.#parts.cluster.recent());
+    if (neededTokens <= kvCapacityTokens) return;
+    const problem = `a durable prompt needs KV for ${neededTokens} tokens; all attention shards together hold`;
+    throw new LaminaError('kv_capacity_exceeded', `${problem} ${kvCapacityTokens}`);
   }
 
   /**
@@ -227,8 +237,9 @@ export class DurablePrompts {
     if (stored?.isComplete !== true || stored.storedAtMs >= prompt.storedAtMs) return;
     const problem = `a durable prompt waits until the answer "${id}" of a former LAMINA_PROMPTS has aged out`;
     const advice = 'delete LAMINA_TOKENS whenever you delete LAMINA_PROMPTS';
-    this.#parts.log.warn({ requestId: id }, `${problem}; ${advice}`);
-    throw new LaminaError('unavailable', problem, { retryAfterMs: FORMER_ANSWER_RETRY_MS });
+    const error = new LaminaError('unavailable', `${problem}; ${advice}`, { retryAfterMs: FORMER_ANSWER_RETRY_MS });
+    this.#parts.complain(error, SUBJECTS.tokens(id));
+    throw error;
   }
 }
 
@@ -240,18 +251,4 @@ function clientOf(prompt: DurablePrompt): string {
   } catch {
     return DEFAULT_CLIENT;
   }
-}
-
-function generatedId({ sequence }: DurablePrompt): string {
-  return `p${sequence}`;
-}
-
-/** @throws LaminaError `invalid_request` */
-function idOf({ request }: ParsedGenerateBody, prompt: DurablePrompt): string {
-  const given = request.id ?? prompt.header(MESSAGE_ID_HEADER);
-  if (given === undefined) return generatedId(prompt);
-  const checked = idSchema.safeParse(given);
-  if (checked.success) return checked.data;
-  const problem = checked.error.issues[0]?.message ?? 'is no id';
-  throw new LaminaError('invalid_request', `the header ${MESSAGE_ID_HEADER}, which is the id here, ${problem}`);
 }

@@ -55,7 +55,7 @@ export function createGatewayMetrics(registry: Registry, counts: GatewayCounts):
     tokens: new Counter({ name: 'lamina_gateway_tokens_total', help: 'Tokens relayed to clients', registers }),
     repairs: new Counter({
       name: 'lamina_gateway_repairs_total',
-      help: 'Answers that were read again from the stream after a gap or a reconnection',
+      help: 'Times that an answer was looked for in the stream after a gap or a reconnection',
       registers,
     }),
     ignored: new Counter({

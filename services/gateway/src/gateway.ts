@@ -6,10 +6,11 @@
  * 2. The same id twice is one request: whoever asks again gets its whole answer, from any gateway.
  * 3. At most `maxOpenRequests` relays are open, and `maxOpenPerClient` of one client, those in admission included.
  * 4. A request whose client has gone, over HTTP or NATS, is cancelled, unless the client chose its id.
- * 5. A request whose client chose the id outlives this gateway: the client can ask another for the rest.
+ * 5. A request whose client chose the id outlives its client's connection and this gateway: the client can ask any gateway for
+ *    the rest. Once it is submitted, nothing is held here for a client that has gone.
  */
 import { randomBytes } from 'node:crypto';
-import type { BusMessage } from '@lamina/bus';
+import type { BusMessage, WorkQueue } from '@lamina/bus';
 import {
   encodingOf,
   FINAL_HEADER,
@@ -28,13 +29,14 @@ import { OpenRelays } from './open-relays.ts';
 import { type PreparationParts, prepare } from './preparation.ts';
 import { type AnswerSink, EXECUTOR_ANSWER_MS, Relay, type RelayEvents, type RelayLinks } from './relay.ts';
 import type { RequestState } from './request-state.ts';
-import { StrayCancels } from './stray-cancels.ts';
+import { type IsMeant, StrayCancels } from './stray-cancels.ts';
 import { type ReplyWatch, UnheardReplies } from './unheard-replies.ts';
 import type { Turn, WaitingRoom } from './waiting-room.ts';
 
 export interface GatewayParts extends PreparationParts {
   readonly links: RelayLinks;
   readonly room: Pick<WaitingRoom, 'enter' | 'retryAfterMs'>;
+  readonly queue: Pick<WorkQueue, 'submittedAtMs'>;
   /**
    * Publishes one reply; `headers` is empty for all but the last. `name`: under which `handleUnheard` is called if nobody
    * listened; undefined = it is not to be called.
@@ -63,8 +65,10 @@ export class Gateway {
   readonly #turns = new Map<Relay, Turn>();
   /** Those whose clients chose the id. */
   readonly #named = new WeakSet<Relay>();
+  /** Of those, whose client has gone before the request was submitted. */
+  readonly #left = new WeakSet<Relay>();
   readonly #unheard = new UnheardReplies();
-  readonly #strays = new StrayCancels(EXECUTOR_ANSWER_MS, (id) => this.#endStray(id));
+  readonly #strays = new StrayCancels(EXECUTOR_ANSWER_MS, (id, isMeant) => this.#endStray(id, isMeant));
   /** Aborted when the relay closes, so that its prompt gives up its place before the tokenizer. */
   readonly #closing = new WeakMap<Relay, AbortController>();
   #onIdle: (() => void) | undefined;
@@ -105,7 +109,7 @@ export class Gateway {
       return;
     }
     const relay = this.open(parsed, sink, client);
-    if (!relay.isClosed && !this.#named.has(relay)) watch = this.#unheard.watch(() => this.hangUp(relay));
+    if (!relay.isClosed) watch = this.#unheard.watch(() => this.hangUp(relay));
   }
 
   /** Nobody listened to the reply of that name. */
@@ -121,7 +125,9 @@ export class Gateway {
     const relay = this.#createRelay(id ?? request.id ?? createId(), encoding, sink);
     if (request.id !== undefined) this.#named.add(relay);
     if (this.#enter(relay, client))
-      this.#start(relay, request, encoding, client).catch((cause: unknown) => this.#fail(relay, cause));
+      this.#start(relay, request, encoding, client)
+        .catch((cause: unknown) => this.#fail(relay, cause))
+        .finally(() => this.#left.has(relay) && this.unfollow(relay));
     return relay;
   }
 
@@ -140,9 +146,12 @@ export class Gateway {
     if (wasCancelling && !this.#open.has(relay.id)) this.#endStrayLater(relay.id);
   }
 
-  /** The client has gone: nobody wants the rest, unless it was named and may be asked for again. */
+  /** The client has gone: nobody wants the rest, unless it was named: then that goes on, and may be asked for again. */
   hangUp(relay: Relay): void {
-    if (!relay.isClosed && !this.#named.has(relay)) this.requestCancel(relay.id);
+    if (relay.isClosed) return;
+    if (!this.#named.has(relay)) this.requestCancel(relay.id);
+    else if (relay.isOpen) this.unfollow(relay);
+    else this.#left.add(relay);
   }
 
   /** Cancels a request wherever it is, as a message on its cancel subject does. */
@@ -197,9 +206,11 @@ export class Gateway {
     if (!this.#strays.add(id)) this.#metrics().ignored.inc({ reason: 'too_many_cancels' });
   }
 
-  async #endStray(id: string): Promise<void> {
+  async #endStray(id: string, isMeant: IsMeant): Promise<void> {
     try {
       if ((await this.#parts.links.locate(id)) !== 'working') return;
+      const submittedAtMs = await this.#parts.queue.submittedAtMs(id);
+      if (submittedAtMs === undefined || !isMeant(submittedAtMs)) return;
       await new Promise<void>((resolve, reject) => {
         const sink: AnswerSink = { send: (_, __, isFinal) => isFinal && resolve() };
         const relay = this.#createRelay(id, 'json', sink);
@@ -213,7 +224,7 @@ export class Gateway {
 
   /** Messages may have been lost while the connection was down. */
   handleReconnect(): void {
-    for (const relay of this.#open.all()) void relay.repair();
+    for (const relay of this.#open.all()) void relay.reconnected();
   }
 
   /** Waits for the open relays; what is still open after `graceMs` is answered as unavailable, and runs on if it was named. */
@@ -245,7 +256,7 @@ export class Gateway {
   ): Promise<void> {
     const receivedAtMs = Date.now();
     const state = request.id === undefined ? 'unknown' : await this.#parts.links.locate(relay.id);
-    if (state === 'working' || state === 'ended') return relay.attach();
+    if (state === 'working' || state === 'ended') return this.#left.has(relay) ? undefined : relay.attach();
     const isContinued = state === 'cut';
     const closing = new AbortController();
     this.#closing.set(relay, closing);
@@ -259,7 +270,7 @@ export class Gateway {
     this.#turns.delete(relay);
     if (place === undefined) return;
     try {
-      await relay.submit(item);
+      await relay.submit(item, this.#named.has(relay));
     } finally {
       place.release();
     }

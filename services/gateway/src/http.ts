@@ -4,12 +4,13 @@
  *
  * Invariants
  * 1. Every reply but /metrics and event streams is JSON, errors included.
- * 2. Nothing is received for what is not served or not let in: the answer comes when the headers are there.
+ * 2. Nothing is received for what is not served or not let in, nor for a preflight: the answer comes when the headers are
+ *    there.
  * 3. /health asks the cluster each time; 200 means that a prompt would be answered.
  * 4. At most `maxConnections` connections are open; one more is closed at once.
  */
 import { ERROR_CODES, LaminaError } from '@lamina/tensor';
-import { type FastifyInstance, fastify } from 'fastify';
+import { type FastifyInstance, type FastifyReply, type FastifyRequest, fastify } from 'fastify';
 import type { ClusterState } from './cluster-view.ts';
 import { httpErrorOf, openAiError, retryAfterMsOf } from './http/openai-error.ts';
 import { type ApiParts, REQUEST_ID_HEADER, registerOpenAi } from './http/openai-routes.ts';
@@ -80,14 +81,15 @@ function allowOrigin(server: FastifyInstance, origin: string | undefined): void 
     reply.header('Access-Control-Expose-Headers', `${REQUEST_ID_HEADER}, Retry-After`);
     if (origin !== '*') reply.header('Vary', 'Origin');
   });
-  server.options('/v1/*', (_, reply) =>
+  const preflight = async (_: FastifyRequest, reply: FastifyReply): Promise<FastifyReply> =>
     reply
       .header('Access-Control-Allow-Methods', 'GET, POST, DELETE')
       .header('Access-Control-Allow-Headers', 'Authorization, Content-Type, Idempotency-Key, Last-Event-ID')
       .header('Access-Control-Max-Age', 600)
       .code(204)
-      .send(),
-  );
+      .send();
+  // A browser asks without a key, so nobody is let in here: it is answered in the hook, before a body would be received.
+  server.options('/v1/*', { onRequest: preflight }, preflight);
 }
 
 /**

@@ -27,16 +27,19 @@ export interface Origin {
   readonly isContinued: boolean;
   /** Gives up the place before the tokenizer. */
   readonly signal?: AbortSignal;
+  /** Told how many tokens the prompt has, before that is compared with what there is. */
+  readonly onCounted?: (promptTokens: number) => void;
 }
 
 /** @throws LaminaError `invalid_request`, `unknown_model`, `context_length_exceeded`, `kv_capacity_exceeded`, `overloaded`, `unavailable` */
 export async function prepare(parts: PreparationParts, request: GenerateRequest, origin: Origin): Promise<WorkItem> {
   const { model, promptTokenizer, cluster } = parts;
-  const { id, encoding, client, receivedAtMs, isContinued, signal } = origin;
+  const { id, encoding, client, receivedAtMs, isContinued, signal, onCounted } = origin;
   const prompt = promptOf(request, model);
   const deadlineAtMs = request.deadline_ms === undefined ? undefined : receivedAtMs + request.deadline_ms;
   const tokenIds =
     'tokenIds' in prompt ? prompt.tokenIds : await promptTokenizer.encode(prompt, { signal, deadlineAtMs });
+  onCounted?.(tokenIds.length);
   const facts = { id, encoding, nowMs: receivedAtMs, randomSeed: randomBytes(6).readUIntBE(0, 6) };
   admit(request, tokenIds, model, { ...facts, kvCapacityTokens: Number.POSITIVE_INFINITY });
   const { kvCapacityTokens } = requireAvailable(await cluster.recent());

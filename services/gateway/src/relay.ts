@@ -5,14 +5,14 @@
  * Invariants
  * 1. Tokens are followed before the work item is submitted, and none is relayed before the queue has taken the item.
  * 2. The sink gets every token exactly once and in order, and exactly one last message, whatever is lost or redelivered.
- * 3. After a gap the stream is the only source: it is replayed from its start, and what was relayed already is dropped.
+ * 3. After a gap, or where two have written, it reads the stream from the answer's start (answer-source.ts); what was relayed
+ *    already is dropped. Where the stream has other tokens than were relayed last, the client is told so.
  * 4. An answer has one end, whoever writes it. The gateway writes one for a request without tokens, or that its executor
  *    does not end although it was asked several times, and only behind the last message that it knows: where the
  *    executor has stored more, the stream refuses the gateway, else the executor.
  * 5. Once closed, it holds no subscription and no timer.
  * 6. The client gets its own encoding, whatever the one who asked first had wanted.
  */
-import type { BusMessage, Subscription } from '@lamina/bus';
 import {
   decodeTokens,
   encodeTokens,
@@ -23,6 +23,7 @@ import {
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { cancelledEnd, deadlineExceeded, failedEnd } from './answer-end.ts';
+import { type AnswerLinks, AnswerSource, type Origin } from './answer-source.ts';
 import type { RequestState } from './request-state.ts';
 
 /** Where the answer goes: the inbox of a NATS client, or an HTTP reply. Must not throw. */
@@ -32,13 +33,8 @@ export interface AnswerSink {
 }
 
 /** What a relay needs of the bus. */
-export interface RelayLinks {
-  readonly tokens: {
-    follow(requestId: string, callback: (message: Pick<BusMessage, 'data'>) => void): Subscription;
-    replay(
-      requestId: string,
-      callback: (data: Uint8Array, isFinal: boolean, sequence: number) => void,
-    ): Promise<Subscription>;
+export interface RelayLinks extends AnswerLinks {
+  readonly tokens: AnswerLinks['tokens'] & {
     append(tokens: readonly TokenMessage[], encoding: WireEncoding, lastSequence: number): Promise<number | undefined>;
   };
   readonly queue: { submit(item: WorkItem): Promise<unknown> };
@@ -60,7 +56,6 @@ export const EXECUTOR_ANSWER_MS = 300;
 const CANCEL_RETRY_MS = 1_000;
 /** An executor that has not ended a request after so many tries is taken for dead. */
 const MAX_CANCEL_ATTEMPTS = 3;
-const REPLAY_RETRY_MS = 500;
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
 type Phase = 'admitting' | 'submitting' | 'open' | 'closed';
@@ -72,16 +67,13 @@ export class Relay {
   readonly #links: RelayLinks;
   readonly #events: RelayEvents;
   readonly #timers = new Set<NodeJS.Timeout>();
-  /** Received while the queue has not confirmed the item. */
-  readonly #early: Uint8Array[] = [];
+  readonly #source: AnswerSource;
   #phase: Phase = 'admitting';
   #nextIndex = 0;
+  /** The messages that were relayed last: what two wrote at the same time may be relayed before the stream has refused it. */
+  #relayed: readonly TokenMessage[] = [];
   #promptTokens = 0;
-  /** Stream sequence of the last message that a replay has brought. */
-  #lastSequence = 0;
   #isCancelling = false;
-  #source: Subscription | undefined;
-  #isReplaying = false;
 
   constructor(id: string, encoding: WireEncoding, sink: AnswerSink, links: RelayLinks, events: RelayEvents) {
     this.id = id;
@@ -89,10 +81,21 @@ export class Relay {
     this.#sink = sink;
     this.#links = links;
     this.#events = events;
+    this.#source = new AnswerSource(id, links, this);
+  }
+
+  /** Index of the token that is relayed next. */
+  get nextIndex(): number {
+    return this.#nextIndex;
   }
 
   get isClosed(): boolean {
     return this.#phase === 'closed';
+  }
+
+  /** The request is submitted, and its answer is relayed as it comes. */
+  get isOpen(): boolean {
+    return this.#phase === 'open';
   }
 
   /** The item waits for a place in the queue: its deadline counts from here on. */
@@ -111,31 +114,33 @@ export class Relay {
   async attach(): Promise<void> {
     if (this.isClosed) return;
     this.#phase = 'open';
-    this.#early.length = 0;
     if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
-    await this.#replay();
+    await this.#source.catchUp();
   }
 
-  /** Puts the admitted item into the queue. Never rejects: what goes wrong is the client's answer. */
-  async submit(item: WorkItem): Promise<void> {
+  /**
+   * Puts the admitted item into the queue. Never rejects: what goes wrong is the client's answer.
+   * @param isNamed Whether its client can ask for the answer again.
+   */
+  async submit(item: WorkItem, isNamed = false): Promise<void> {
     if (this.#phase !== 'admitting') return;
     this.#phase = 'submitting';
-    this.#source = this.#links.tokens.follow(this.id, (message) => this.#receive(message.data));
+    this.#source.listen();
     try {
       await this.#links.queue.submit(item);
     } catch (cause) {
       const error = asLaminaError(cause);
       if (error.code === 'duplicate_id') return this.#join(error);
-      // The queue may have taken it although it did not say so.
-      if (error.code === 'unavailable') this.#links.publishCancel(this.id);
+      // The queue may have taken it although it did not say so: then who named it finds it running when they ask again.
+      if (error.code === 'unavailable' && !isNamed) this.#links.publishCancel(this.id);
       this.fail(error);
       return;
     }
     if (this.isClosed) return;
     if (item.isContinued === true) return this.attach();
     this.#phase = 'open';
-    for (const data of this.#early.splice(0)) this.#receive(data);
     if (this.#isCancelling) this.#after(EXECUTOR_ANSWER_MS, () => this.#giveUp('cancelled'));
+    void this.#source.open();
   }
 
   /** Somebody else has submitted a request with this id: it is the same one. */
@@ -169,49 +174,37 @@ export class Relay {
     return wasCancelling;
   }
 
-  /** Reads the answer from the stream, because messages may have been missed. */
-  async repair(): Promise<void> {
-    if (this.#phase !== 'open') return;
+  /** The connection was down: messages may have been missed. */
+  async reconnected(): Promise<void> {
+    if (this.#phase !== 'open') return this.#source.fallBehind();
     this.#events.onRepair();
-    await this.#replay();
+    await this.#source.startOver();
   }
 
-  async #replay(): Promise<void> {
-    if (this.isClosed) return;
-    this.#isReplaying = true;
-    this.#source?.unsubscribe();
-    this.#source = undefined;
-    try {
-      const source = await this.#links.tokens.replay(this.id, (data, _, sequence) => {
-        this.#lastSequence = sequence;
-        this.#receive(data);
-      });
-      if (this.isClosed || this.#source !== undefined) source.unsubscribe();
-      else this.#source = source;
-    } catch {
-      this.#after(REPLAY_RETRY_MS, () => this.#replay());
-    }
+  /** Reads the answer from the stream, because messages were missed. */
+  async #repair(): Promise<void> {
+    this.#events.onRepair();
+    await this.#source.catchUp();
   }
 
-  #receive(data: Uint8Array): void {
+  /** Takes what its source has: called by that alone. */
+  receive(data: Uint8Array, origin: Origin): void {
     if (this.isClosed) return;
-    if (this.#phase === 'submitting') {
-      this.#early.push(new Uint8Array(data));
-      return;
-    }
     let fresh: TokenMessage[];
     let received: number;
     let original: TokenMessage | undefined;
+    let isOther: boolean;
     try {
       const messages = decodeTokens(data);
       received = messages.length;
       original = messages[0];
       fresh = messages.filter((message) => message.index >= this.#nextIndex);
       checkMessages(messages, this.id);
+      isOther = messages.some((message) => this.#isOther(message));
       const end = messages.at(-1);
       if (fresh.length === 0 && end !== undefined && end.finish_reason !== null) {
         // Its writer knew of fewer tokens than were relayed: only if the stream took it, it is the end.
-        if (!this.#isReplaying) return void this.repair();
+        if (origin === 'heard') return void this.#repair();
         fresh = [{ ...end, index: this.#nextIndex, token: null, text: '' }];
       }
     } catch (cause) {
@@ -219,11 +212,17 @@ export class Relay {
       this.fail(new LaminaError('protocol_violation', 'the answer is malformed; see the log', { cause }));
       return;
     }
+    if (isOther) {
+      if (origin === 'heard') return void this.#source.doubt();
+      const problem = 'two executors wrote the answer at once, and the tokens sent last are not those that are kept';
+      this.fail(new LaminaError('unavailable', `${problem}; ask for it again with the same id`));
+      return;
+    }
     const first = fresh[0];
     if (first === undefined) return;
     if (first.index > this.#nextIndex) {
-      if (!this.#isReplaying) void this.repair();
-      else if (fresh.at(-1)?.finish_reason !== null)
+      if (origin === 'heard') void this.#repair();
+      else if (origin === 'first' || fresh.at(-1)?.finish_reason !== null)
         this.fail(
           new LaminaError(
             'unknown_request',
@@ -236,6 +235,12 @@ export class Relay {
     this.#deliver(fresh, isWhole && storedEncodingOf(data) === this.#encoding ? data : undefined);
   }
 
+  /** Whether another token was relayed in its place. */
+  #isOther({ index, token }: TokenMessage): boolean {
+    const relayed = this.#relayed[index - (this.#relayed[0]?.index ?? 0)];
+    return relayed !== undefined && relayed.token !== null && token !== null && relayed.token !== token;
+  }
+
   /** Sends messages that start at the expected index; closes with the last one. */
   #deliver(messages: readonly TokenMessage[], bytes = encodeTokens(messages, this.#encoding)): void {
     const last = messages.at(-1);
@@ -243,6 +248,7 @@ export class Relay {
     const isFinal = last.finish_reason !== null;
     const count = messages.filter((message) => message.token !== null).length;
     this.#nextIndex = last.index + 1;
+    this.#relayed = messages;
     if (isFinal) this.#close();
     this.#sink.send(messages, bytes, isFinal);
     if (count > 0) this.#events.onTokens(count);
@@ -257,9 +263,9 @@ export class Relay {
     const isUnheard = attempt >= MAX_CANCEL_ATTEMPTS;
     if (this.#nextIndex === 0 || isUnheard) {
       const end = this.#endOf(reason);
-      // Only a replay tells sequences; by the last attempt there was one.
+      // Only reading tells sequences; by the last attempt that was done.
       const stored = await this.#links.tokens
-        .append([end], this.#encoding, this.#nextIndex === 0 ? 0 : this.#lastSequence)
+        .append([end], this.#encoding, this.#nextIndex === 0 ? 0 : this.#source.lastSequence)
         .catch((cause: unknown) => (asLaminaError(cause).code === 'duplicate_id' ? 'taken' : undefined));
       if (this.isClosed) return;
       // A stream that fails must not keep the client.
@@ -270,7 +276,7 @@ export class Relay {
       }
     }
     this.#links.publishCancel(this.id);
-    if (!this.#isReplaying) await this.repair();
+    void this.#repair();
     this.#after(CANCEL_RETRY_MS, () => this.#giveUp(reason, attempt + 1));
   }
 
@@ -294,9 +300,7 @@ export class Relay {
 
   #close(): void {
     this.#phase = 'closed';
-    this.#source?.unsubscribe();
-    this.#source = undefined;
-    this.#early.length = 0;
+    this.#source.stop();
     for (const timer of this.#timers) clearTimeout(timer);
     this.#timers.clear();
   }

@@ -18,6 +18,7 @@ import type { ServedModel } from './admission.ts';
 import { createChat } from './chat.ts';
 import { ClusterView } from './cluster-view.ts';
 import { DurablePrompts } from './durable-prompts.ts';
+import { FewAtATime } from './few-at-a-time.ts';
 import { Gateway } from './gateway.ts';
 import { createGatewayMetrics, type GatewayMetrics } from './gateway-metrics.ts';
 import { Access } from './http/access.ts';
@@ -34,6 +35,8 @@ import { WaitingRoom } from './waiting-room.ts';
 const STATUS_TIMEOUT_MS = 1_000;
 const METRICS_WAIT_MS = 250;
 const DRAIN_GRACE_MS = 10_000;
+/** Answers that are read from the stream at the same time, each with a consumer of its own. */
+const MAX_READERS = 32;
 /** HTTP connections beyond those of the open requests: for whoever asks, cancels, or keeps one for later. */
 const SPARE_CONNECTIONS = 4_096;
 const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost']);
@@ -82,9 +85,11 @@ export async function startGateway({ config, bus, log, registry, complain }: Ser
     {
       ...preparation,
       room,
+      queue,
       links: {
         tokens,
         queue,
+        readers: new FewAtATime(MAX_READERS),
         locate: (requestId) => locate({ tokens, queue }, requestId),
         publishCancel: (requestId) => {
           if (!bus.isClosed) bus.publish(SUBJECTS.cancel(requestId), NO_BYTES);
@@ -113,6 +118,7 @@ export async function startGateway({ config, bus, log, registry, complain }: Ser
     locate: (requestId) => locate({ tokens, queue }, requestId),
     counter: () => metrics.prompts,
     log,
+    complain,
   });
 
   const server = createHttpServer({

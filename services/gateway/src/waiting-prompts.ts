@@ -5,21 +5,28 @@
  * 1. Next is the client that has been given fewest places; its prompts come in the order of the stream.
  * 2. Of a prompt only its position and its client are here, a few hundred bytes: all that LAMINA_PROMPTS takes may wait, so
  *    nobody's prompt is hidden behind another client's, however many that has.
- * 3. What waits is kept from other gateways with at most 200 messages a second: the more wait, the longer each is kept. So
- *    one that dies holds n prompts up for 5 s or n * 10 ms, whichever is longer.
+ * 3. Each is kept from other gateways for about as long as it has to wait anyway: 5 s, and 12 ms for each that is before it.
+ *    So what a gateway that dies had is offered to others in the order in which it would have had its places, and from the
+ *    first 8 s on some 80 a second. To keep 10,000 takes some 500 messages a second.
  */
 import type { DurablePrompt, PromptAside } from '@lamina/bus';
 import { type Entry, FairQueue } from './fair-queue.ts';
 
 export interface WaitingPrompt extends Entry {
   aside: PromptAside;
-  /** When it is to be kept for longer, by performance.now. */
-  renewAtMs: number;
+  /** Until then nobody else is offered it, by performance.now. */
+  keptUntilMs: number;
 }
 
 const MIN_KEEP_MS = 5_000;
-const KEEP_MS_PER_WAITING = 10;
+const KEEP_MS_PER_PLACE = 12;
 const RENEWAL_INTERVAL_MS = 1_000;
+/** What is kept for less than this part of its time is kept anew. */
+const MIN_REST = 0.5;
+/** So is what is kept for longer, since others before it got their places sooner, or its client has waited for fewer. */
+const MAX_REST = 1.5;
+
+const keepMsOf = (numBefore: number): number => MIN_KEEP_MS + numBefore * KEEP_MS_PER_PLACE;
 
 export class WaitingPrompts {
   readonly #queue = new FairQueue<WaitingPrompt>();
@@ -30,24 +37,21 @@ export class WaitingPrompts {
     return this.#bySequence.size;
   }
 
-  get #keepMs(): number {
-    return Math.max(MIN_KEEP_MS, this.size * KEEP_MS_PER_WAITING);
-  }
-
   add(prompt: DurablePrompt, client: string): void {
-    const keepMs = this.#keepMs;
+    const keepMs = keepMsOf(this.size);
     const aside = prompt.setAside(keepMs);
+    const keptUntilMs = performance.now() + keepMs;
     const known = this.#bySequence.get(prompt.sequence);
-    if (known === undefined) this.addAgain(aside, client);
-    // It was offered once more: the server hears about the later offer.
-    else known.aside = aside;
+    // If it was offered once more, the server hears about the later offer.
+    if (known !== undefined) Object.assign(known, { aside, keptUntilMs });
+    else this.addAgain({ aside, client, costTokens: 1, priority: -aside.sequence, keptUntilMs });
   }
 
   /** One that was next and could not be opened. */
-  addAgain(aside: PromptAside, client: string): void {
-    const renewAtMs = performance.now() + this.#keepMs / 2;
-    const entry = { aside, client, costTokens: 1, priority: -aside.sequence, renewAtMs };
-    this.#bySequence.set(aside.sequence, entry);
+  addAgain(entry: WaitingPrompt): void {
+    const { sequence } = entry.aside;
+    if (this.#bySequence.has(sequence)) return;
+    this.#bySequence.set(sequence, entry);
     this.#queue.push(entry);
     this.#renewal ??= setInterval(() => this.#renew(), RENEWAL_INTERVAL_MS);
   }
@@ -72,11 +76,12 @@ export class WaitingPrompts {
 
   #renew(): void {
     const nowMs = performance.now();
-    const keepMs = this.#keepMs;
-    for (const entry of this.#bySequence.values()) {
-      if (entry.renewAtMs > nowMs) continue;
+    this.#queue.visit((entry, numBefore) => {
+      const keepMs = keepMsOf(numBefore);
+      const restMs = entry.keptUntilMs - nowMs;
+      if (restMs > keepMs * MIN_REST && restMs < keepMs * MAX_REST) return;
       entry.aside.keep(keepMs);
-      entry.renewAtMs = nowMs + keepMs / 2;
-    }
+      entry.keptUntilMs = nowMs + keepMs;
+    });
   }
 }

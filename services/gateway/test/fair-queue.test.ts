@@ -67,6 +67,20 @@ test("a priority orders one client's requests and harms no other", () => {
   expect(drain(queue).map(({ client, priority }) => `${client}${priority}`)).toEqual(['a5', 'b-5', 'a5', 'a0']);
 });
 
+test('a visit tells how many get a place before each', () => {
+  fc.assert(
+    fc.property(fc.array(fc.constantFrom('a', 'b', 'c', 'd'), { maxLength: 100 }), (clients) => {
+      const queue = filled(...clients.map((client) => entry(client)));
+      const visited: Entry[] = [];
+      queue.visit((each, numBefore) => {
+        expect(visited).toHaveLength(numBefore);
+        visited.push(each);
+      });
+      expect(visited).toEqual(drain(queue));
+    }),
+  );
+});
+
 test('whatever comes and goes: each is served once, none that was withdrawn, and none waits behind a busy client', () => {
   const command = fc.record({
     action: fc.constantFrom('push', 'push', 'shift', 'remove'),
@@ -107,4 +121,97 @@ test('whatever comes and goes: each is served once, none that was withdrawn, and
     }),
     { numRuns: 1_000 },
   );
+});
+
+/** What the queue is to do, without a thought of time: all clients are looked at. */
+class SlowFairQueue {
+  #lines: { client: string; entries: Entry[]; startTokens: number }[] = [];
+  readonly #served = new Map<string, number>();
+  #virtualTokens = 0;
+
+  push(each: Entry): void {
+    let line = this.#lines.find(({ client }) => client === each.client);
+    if (line === undefined) {
+      const startTokens = Math.max(this.#virtualTokens, this.#served.get(each.client) ?? 0);
+      line = { client: each.client, entries: [], startTokens };
+      this.#lines.push(line);
+    }
+    line.entries.push(each);
+    line.entries.sort((one, other) => other.priority - one.priority);
+  }
+
+  shift(): Entry | undefined {
+    const least = Math.min(...this.#lines.map(({ startTokens }) => startTokens));
+    const next = this.#lines.find(({ startTokens }) => startTokens === least);
+    const each = next?.entries.shift();
+    if (next === undefined || each === undefined) return undefined;
+    this.#virtualTokens = next.startTokens;
+    next.startTokens += each.costTokens;
+    this.#served.set(next.client, next.startTokens);
+    this.#dropEmpty();
+    return each;
+  }
+
+  remove(each: Entry): void {
+    for (const line of this.#lines) line.entries = line.entries.filter((other) => other !== each);
+    this.#dropEmpty();
+  }
+
+  #dropEmpty(): void {
+    this.#lines = this.#lines.filter(({ entries }) => entries.length > 0);
+    if (this.#lines.length > 0) return;
+    this.#served.clear();
+    this.#virtualTokens = 0;
+  }
+}
+
+test('the order is that of a search through all clients', () => {
+  const command = fc.record({
+    action: fc.constantFrom('push', 'push', 'push', 'shift', 'remove'),
+    client: fc.integer({ min: 0, max: 12 }).map(String),
+    costTokens: fc.integer({ min: 1, max: 5 }),
+    priority: fc.integer({ min: -1, max: 1 }),
+  });
+  fc.assert(
+    fc.property(fc.array(command, { maxLength: 300 }), (commands) => {
+      const queue = new FairQueue<Entry>();
+      const slow = new SlowFairQueue();
+      const waiting: Entry[] = [];
+      for (const { action, client, costTokens, priority } of commands) {
+        const each = action === 'push' ? entry(client, costTokens, priority) : waiting[costTokens];
+        if (action === 'push') waiting.push(each!);
+        for (const other of [queue, slow]) {
+          if (action === 'push') other.push(each!);
+          if (action === 'remove' && each !== undefined) other.remove(each);
+        }
+        if (action === 'shift') expect(queue.shift()).toBe(slow.shift());
+      }
+      for (const each of drain(queue)) expect(each).toBe(slow.shift());
+      expect(slow.shift()).toBeUndefined();
+    }),
+    { numRuns: 500 },
+  );
+});
+
+test('many of one client keep their order', () => {
+  const entries = Array.from({ length: 2_000 }, () => entry('a'));
+  const queue = filled(...entries.slice(0, 1_000));
+  const taken = Array.from({ length: 700 }, () => queue.shift());
+  for (const each of entries.slice(1_000)) queue.push(each);
+  queue.remove(entries[0]!);
+  queue.remove(entries[900]!);
+  expect(queue.size).toBe(1_299);
+  expect([...taken, ...drain(queue)]).toEqual(entries.filter((_, index) => index !== 900));
+});
+
+test.each([
+  ['20,000 clients with one request each', 20_000, 1],
+  ['one client with 100,000', 1, 100_000],
+])('%s are let in without a search through all: within 5 s, where that takes half a minute', (_, numClients, each) => {
+  const queue = new FairQueue<Entry>();
+  for (let turn = 0; turn < each; turn++)
+    for (let client = 0; client < numClients; client++) queue.push(entry(`c${client}`));
+  const startMs = performance.now();
+  expect(drain(queue)).toHaveLength(numClients * each);
+  expect(performance.now() - startMs).toBeLessThan(5_000);
 });

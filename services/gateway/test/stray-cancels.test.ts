@@ -1,17 +1,21 @@
+import { CLOCK_TOLERANCE_MS } from '@lamina/protocol';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
-import { MAX_AT_A_TIME, MAX_WAITING, StrayCancels } from '../src/stray-cancels.ts';
+import { type IsMeant, MAX_AT_A_TIME, MAX_WAITING, StrayCancels } from '../src/stray-cancels.ts';
 
 const DELAY_MS = 300;
 let ended: string[];
 let finish: (() => void)[];
+let meant: IsMeant[];
 let strays: StrayCancels;
 
 beforeEach(() => {
   vi.useFakeTimers();
   ended = [];
   finish = [];
-  strays = new StrayCancels(DELAY_MS, (id) => {
+  meant = [];
+  strays = new StrayCancels(DELAY_MS, (id, isMeant) => {
     ended.push(id);
+    meant.push(isMeant);
     return new Promise((resolve) => finish.push(resolve));
   });
 });
@@ -44,6 +48,22 @@ test('few are seen to at a time, the others wait, and one too many is refused', 
   }
   expect(new Set(ended).size).toBe(limit);
   expect(strays.add('one-more')).toBe(true);
+});
+
+test('a cancel that had to wait means what was submitted before it, and before the last one of the same id', async () => {
+  for (let index = 0; index < MAX_AT_A_TIME; index++) strays.add(`r${index}`);
+  strays.add('late');
+  const firstMs = Date.now();
+  await vi.advanceTimersByTimeAsync(2_000);
+  expect(ended).not.toContain('late');
+  finish[0]!();
+  await vi.advanceTimersByTimeAsync(0);
+  expect(ended.at(-1)).toBe('late');
+  const isMeant = meant.at(-1)!;
+  const after = firstMs + CLOCK_TOLERANCE_MS + 1;
+  expect([firstMs - 60_000, firstMs, after].map(isMeant)).toEqual([true, true, false]);
+  strays.add('late');
+  expect(isMeant(after)).toBe(true);
 });
 
 test('after it has stopped none is ended', async () => {

@@ -28,6 +28,7 @@ import {
 import { BlockPool } from './block-table.ts';
 import { Capacity } from './capacity.ts';
 import { type Fence, Fences, nameOrigins } from './fences.ts';
+import { LostBegins } from './lost-begins.ts';
 import { Membership } from './membership.ts';
 import { otherModel, ServedModel } from './served-model.ts';
 import { describeSpec } from './spec.ts';
@@ -82,6 +83,7 @@ export class KvManager {
   readonly #capacity: Capacity;
   readonly #tables: Tables;
   readonly #fences = new Fences((fence) => this.#onLifted(fence));
+  readonly #lostBegins = new LostBegins();
   #numRegistrations = 0;
 
   constructor(options: KvManagerOptions) {
@@ -177,12 +179,13 @@ export class KvManager {
     if (shard !== undefined) this.#loseShard(shardId, shard, text);
   }
 
-  /** As Tables.allocate. */
+  /** As Tables.allocate; `internal` when too many executors were lost that had begun the request. */
   allocate(request: AllocateRequest): BlockRef[] {
-    const { executorId } = request;
+    const { executorId, requestId, vainDeliveryCount } = request;
     const executor = this.#executors.get(executorId);
     if (executor === undefined)
       throw new LaminaError('unavailable', `executor ${executorId} is not registered; it must send a heartbeat first`);
+    if (vainDeliveryCount !== undefined) this.#lostBegins.check(requestId, vainDeliveryCount);
     return this.#tables.allocate(executor.tables, request);
   }
 
@@ -204,7 +207,10 @@ export class KvManager {
   /** Removes whoever was silent for the time-out. */
   tick(): void {
     const nowMs = this.#options.nowMs();
-    for (const { id, member } of this.#executors.expire(nowMs)) this.#fence(id, member, 'executor lost');
+    for (const { id, member } of this.#executors.expire(nowMs)) {
+      this.#lostBegins.add(member.tables.keys());
+      this.#fence(id, member, 'executor lost');
+    }
     for (const { id, member } of this.#shards.expire(nowMs)) this.#loseShard(id, member, 'shard lost');
   }
 

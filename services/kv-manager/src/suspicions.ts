@@ -12,8 +12,11 @@ import { SUBJECTS } from '@lamina/protocol';
 import type { KvManager } from './kv-manager.ts';
 
 const PROBE_TIMEOUT_MS = 250;
-/** Between two questions when nobody listens, which is known at once: a shard that connects again needs a moment. */
-const PAUSE_MS = 100;
+/**
+ * Between two questions when nobody listens, which is known at once. A shard whose connection was cut makes another at once,
+ * which takes some milliseconds, on a machine that is busy some tens.
+ */
+const PAUSE_MS = 200;
 
 export class Suspicions {
   readonly #bus: Pick<Bus, 'probe'>;

@@ -22,6 +22,8 @@ export interface TableRequest {
 export interface AllocateRequest extends TableRequest {
   readonly maxTokens: number;
   readonly deliveryCount: number;
+  /** Of the deliveries since something of the answer was stored. */
+  readonly vainDeliveryCount?: number | undefined;
 }
 export interface ExtendRequest extends TableRequest {
   readonly numBlocks: number;

@@ -67,6 +67,7 @@ export class Fixture {
     maxBlocks = numBlocks,
     executorId = 'e1',
     deliveryCount = 1,
+    vainDeliveryCount?: number,
   ): BlockRef[] {
     const refs = this.manager.allocate({
       requestId,
@@ -74,6 +75,7 @@ export class Fixture {
       numTokens: numBlocks * BLOCK,
       maxTokens: maxBlocks * BLOCK,
       deliveryCount,
+      vainDeliveryCount,
     });
     this.#numKnown.set(`${executorId}/${requestId}`, refs.length);
     return refs;

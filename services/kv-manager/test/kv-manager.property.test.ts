@@ -356,7 +356,7 @@ function name(request: number): string {
   return `r${request}`;
 }
 
-test(`${NUM_SEQUENCES} random sequences of operations keep the books`, { timeout: 120_000 }, () => {
+test(`${NUM_SEQUENCES} random sequences of operations keep the books`, { timeout: 600_000 }, () => {
   fc.assert(
     fc.property(fc.array(operation, { minLength: 5, maxLength: 40 }), (operations) => {
       const run = new Run();

@@ -1,6 +1,6 @@
 /** Registration, refusals, loss and events of the kv-manager's state machine. */
 import { LaminaError } from '@lamina/tensor';
-import { expect, test } from 'vitest';
+import { beforeEach, describe, expect, test } from 'vitest';
 import { BlockPool } from '../src/block-table.ts';
 import { BLOCK, countByShard, Fixture, OTHER_SPEC } from './fixture.ts';
 
@@ -319,6 +319,51 @@ test('a fence waits for no shard that is lost or has no block of it, and ends wi
   expect(fixture.manager.numFences).toBe(1);
   fixture.executor('e3', OTHER_SPEC, 'big');
   expect(fixture.manager.numFences).toBe(0);
+});
+
+describe('executors that are lost', () => {
+  let fixture: Fixture;
+  let numExecutors: number;
+  /** One that begins the request as its delivery, and ends. */
+  function begin(deliveryCount: number, end: 'lost' | 'left', numVain = deliveryCount): void {
+    const executorId = `x${numExecutors++}`;
+    fixture.executor(executorId);
+    fixture.allocate('a', 1, 1, executorId, deliveryCount, numVain);
+    if (end === 'left') fixture.manager.executorLeave(executorId);
+    fixture.nowMs += 4_000;
+    fixture.executor('e1');
+    fixture.shard('s1', 64);
+    fixture.manager.tick();
+    const lastFence = fixture.shard('s1', 64).fences.at(-1);
+    if (lastFence !== undefined) fixture.shard('s1', 64, lastFence.number);
+  }
+  beforeEach(() => {
+    fixture = cluster(64);
+    numExecutors = 0;
+  });
+
+  test('ten in a row that had begun a request, and stored nothing of it: it is given up', () => {
+    for (let delivery = 1; delivery <= 10; delivery++) begin(delivery, 'lost');
+    expect(refusal(() => begin(11, 'lost'))).toMatchObject({
+      code: 'internal',
+      message: expect.stringMatching(/^given up: 10 /),
+    });
+    fixture.allocate('b', 1);
+  });
+
+  test('those that leave do not count, nor deliveries that began nothing', () => {
+    for (let delivery = 1; delivery <= 9; delivery++) begin(delivery, 'lost');
+    for (let delivery = 10; delivery <= 40; delivery += 3) begin(delivery, 'left');
+    begin(50, 'lost');
+    expect(refusal(() => begin(51, 'lost')).code).toBe('internal');
+  });
+
+  test('those before something was stored do not count', () => {
+    for (let delivery = 1; delivery <= 10; delivery++) begin(delivery, 'lost');
+    // The tenth had stored something.
+    for (let delivery = 11; delivery <= 20; delivery++) begin(delivery, 'lost', delivery - 10);
+    expect(refusal(() => begin(21, 'lost', 11)).code).toBe('internal');
+  });
 });
 
 test('an executor that leaves is fenced too: a step of it may be in flight. Without blocks there is nothing to wait for', () => {

@@ -8,7 +8,7 @@
 import { IncrementalDetokenizer, type Tokenizer } from '@lamina/model';
 import type { ErrorBody, FinishReason, TokenMessage, WorkItem } from '@lamina/protocol';
 import type { SampledToken } from './sampler.ts';
-import { StopMatcher } from './stop-matcher.ts';
+import { type StopMatch, StopMatcher } from './stop-matcher.ts';
 
 export interface AnswerOptions {
   readonly tokenizer: Tokenizer;
@@ -37,12 +37,9 @@ export class Answer {
 
   /** The message of the next token; its finish_reason says whether it is the last one. */
   push(sampled: SampledToken): TokenMessage {
-    const { item, eosTokenIds, tokenizer } = this.#options;
-    const index = this.#numTokens++;
-    const isEos = eosTokenIds.has(sampled.token) && !item.ignoreEos;
-    const match = this.#stops.push(isEos ? '' : this.#detokenizer.push(sampled.token));
-    const finishReason: FinishReason | null =
-      match.isStopped || isEos ? 'stop' : this.#numTokens >= item.maxTokens ? 'length' : null;
+    const { item, tokenizer } = this.#options;
+    const index = this.#numTokens;
+    const { match, finishReason } = this.#take(sampled.token);
     let { text } = match;
     let reason = finishReason;
     if (reason !== null && !match.isStopped) {
@@ -64,8 +61,22 @@ export class Answer {
     return message;
   }
 
-  /** The last message of an answer that ends without a token. */
-  end(finishReason: 'cancelled' | 'error', error?: ErrorBody): TokenMessage {
+  /** Takes up a token whose message is stored. Returns why the answer ends with it, if it does by what is asked for now. */
+  resume(token: number): FinishReason | null {
+    return this.#take(token).finishReason;
+  }
+
+  #take(token: number): { match: StopMatch; finishReason: FinishReason | null } {
+    const { item, eosTokenIds } = this.#options;
+    this.#numTokens++;
+    const isEos = eosTokenIds.has(token) && !item.ignoreEos;
+    const match = this.#stops.push(isEos ? '' : this.#detokenizer.push(token));
+    const isFull = this.#numTokens >= item.maxTokens;
+    return { match, finishReason: match.isStopped || isEos ? 'stop' : isFull ? 'length' : null };
+  }
+
+  /** The last message of an answer that ends without a token: behind a stored part, that may be for any reason. */
+  end(finishReason: FinishReason, error?: ErrorBody): TokenMessage {
     const rest = this.#stops.push(this.#detokenizer.finish());
     const text = rest.isStopped ? rest.text : rest.text + this.#stops.finish();
     const message: TokenMessage = {

@@ -125,7 +125,8 @@ export const requestMachine = setup({
       states: {
         queued: {
           entry: { type: 'enter', params: { phase: 'queued' } },
-          on: { ADMIT: 'allocating' },
+          // What another executor stored may be all that is asked for.
+          on: { ADMIT: 'allocating', FINISHED: '#request.finished' },
         },
         allocating: {
           entry: { type: 'enter', params: { phase: 'allocating' } },

@@ -6,7 +6,7 @@
  * 2. kvGeneration grows whenever KV is given up, so a step that began before is recognised as stale.
  * 3. Blocks are freed only when no step in flight can still write to them.
  */
-import type { AnswerWriter, WorkLease } from '@lamina/bus';
+import type { AnswerWriter, StoredAnswer, WorkLease } from '@lamina/bus';
 import type { BlockRef, WorkItem } from '@lamina/protocol';
 import type { ActorRefFrom } from 'xstate';
 import type { Client } from '../scheduling/clients.ts';
@@ -27,6 +27,9 @@ export class GenerationRequest {
   /** Prompt and generated tokens. */
   readonly tokens: number[];
   lease: WorkLease;
+  /** How often the item had been given out when this executor got it, since something of its answer was stored. */
+  readonly #numVainDeliveries: number;
+  readonly #numTokensBefore: number;
   actor: ActorRefFrom<typeof requestMachine> | undefined;
   /** Made when the first draft is asked for. */
   lookup: PromptLookup | undefined;
@@ -46,18 +49,40 @@ export class GenerationRequest {
   isStarved = false;
   /** A shard of it did not listen: it is tried again in a moment. */
   isHeldBack = false;
+  /** It was in a step that failed for what may be one of its requests' own reason: its next step has no other request. */
+  runsAlone = false;
+  /** Steps in a row that failed because a frame was refused. */
+  numRefusals = 0;
   /** Its KV is to be freed as soon as the step in flight ends. */
   isReleasePending = false;
   /** A shard with blocks of it went away while a step was in flight. */
   isKvLost = false;
 
-  constructor(item: WorkItem, lease: WorkLease, answer: Answer, writer: AnswerWriter, client: Client) {
+  /** @param stored The part of its answer that there is already. */
+  constructor(
+    item: WorkItem,
+    lease: WorkLease,
+    answer: Answer,
+    writer: AnswerWriter,
+    client: Client,
+    stored: Pick<StoredAnswer, 'tokens' | 'deliveryCount'> = { tokens: [], deliveryCount: 0 },
+  ) {
     this.item = item;
     this.lease = lease;
     this.answer = answer;
     this.writer = writer;
     this.client = client;
     this.tokens = [...item.tokenIds];
+    for (const { token } of stored.tokens) if (token !== null) this.tokens.push(token);
+    this.#numTokensBefore = this.tokens.length;
+    // A queue that was made anew counts from 1.
+    const isCountedAnew = lease.deliveryCount < stored.deliveryCount;
+    this.#numVainDeliveries = isCountedAnew ? lease.deliveryCount : lease.deliveryCount - stored.deliveryCount;
+  }
+
+  /** How often the item was given out since something of its answer was stored; 1 when this executor got further. */
+  get vainDeliveryCount(): number {
+    return this.tokens.length > this.#numTokensBefore ? 1 : Math.max(1, this.#numVainDeliveries);
   }
 
   get id(): string {

@@ -5,10 +5,12 @@
  * 1. A token depends on the logits, the sampling fields, the seed and the token's index, and on nothing else: random
  *    numbers come from a counter-based generator, so other requests in the batch cannot shift them.
  * 2. Ties are broken towards the lower token id.
- * 3. Scratch memory is reused; a row without filters is not sorted.
+ * 3. Scratch memory is reused; a row without filters is not sorted, and where a filter leaves most of the vocabulary, sorting
+ *    takes time in proportion to it (weight-order.ts).
  */
 import { vectorOps } from '@lamina/attention-kernel';
 import type { Sampling } from '@lamina/protocol';
+import { WeightOrder } from './weight-order.ts';
 
 const { argmax } = vectorOps();
 
@@ -57,10 +59,13 @@ const CANDIDATE_LOG_BOUNDS = [-4, -8, -16, -32, Number.NEGATIVE_INFINITY];
 
 export class Sampler {
   readonly #weights: Float64Array;
-  readonly #candidates: number[] = [];
+  readonly #candidates: Uint32Array;
+  readonly #order: WeightOrder;
 
   constructor(vocabSize: number) {
     this.#weights = new Float64Array(vocabSize);
+    this.#candidates = new Uint32Array(vocabSize);
+    this.#order = new WeightOrder(vocabSize);
   }
 
   /** @param logits [vocabSize] float32 */
@@ -75,7 +80,8 @@ export class Sampler {
 
   #draw(logits: Float32Array, maximum: number, row: SamplingRow): number {
     const weights = this.#weights;
-    const inverseTemperature = 1 / row.temperature;
+    // Of the smallest temperatures the inverse is infinite, and the weight of the most likely token would be NaN.
+    const inverseTemperature = Math.min(1 / row.temperature, Number.MAX_VALUE);
     let total = 0;
     for (let token = 0; token < logits.length; token++) {
       const weight = Math.exp((logits[token]! - maximum) * inverseTemperature);
@@ -95,47 +101,55 @@ export class Sampler {
       }
       return last;
     }
-    const candidates = this.#filter(total, row);
+    const numCandidates = this.#filter(logits, total, row);
+    const candidates = this.#candidates;
     let kept = 0;
-    for (const token of candidates) kept += weights[token]!;
+    for (let i = 0; i < numCandidates; i++) kept += weights[candidates[i]!]!;
     let rest = point * kept;
-    for (const token of candidates) {
-      rest -= weights[token]!;
-      if (rest < 0) return token;
+    for (let i = 0; i < numCandidates; i++) {
+      rest -= weights[candidates[i]!]!;
+      if (rest < 0) return candidates[i]!;
     }
-    return candidates.at(-1)!;
+    return candidates[numCandidates - 1]!;
   }
 
-  /** Tokens that pass top-k, top-p and min-p, most likely first; never empty. */
-  #filter(total: number, row: SamplingRow): number[] {
+  /** Leaves the tokens that pass top-k, top-p and min-p at the start of #candidates, most likely first; says how many, at least 1. */
+  #filter(logits: Float32Array, total: number, row: SamplingRow): number {
     const weights = this.#weights;
+    const candidates = this.#candidates;
     const wanted = row.topK > 0 ? Math.min(row.topK, weights.length) : weights.length;
     // Without top-p, min-p may thin out the candidates before they are sorted.
     const floor = row.topP === 1 ? row.minP : 0;
-    let candidates = this.#candidates;
+    let count = 0;
     for (const bound of CANDIDATE_LOG_BOUNDS) {
       const threshold = Math.max(Math.exp(bound), floor);
       let mass = 0;
-      candidates.length = 0;
+      count = 0;
       for (let token = 0; token < weights.length; token++) {
-        if (weights[token]! < threshold) continue;
-        candidates.push(token);
-        mass += weights[token]!;
+        const weight = weights[token]!;
+        if (weight < threshold) continue;
+        candidates[count++] = token;
+        mass += weight;
       }
-      const isEnough = row.topK > 0 ? candidates.length >= wanted : row.topP < 1 && mass >= row.topP * total;
+      const isEnough = row.topK > 0 ? count >= wanted : row.topP < 1 && mass >= row.topP * total;
       if (isEnough || threshold === floor) break;
     }
-    candidates.sort((a, b) => weights[b]! - weights[a]! || a - b);
-    if (candidates.length > wanted) candidates = candidates.slice(0, wanted);
+    this.#order.descending(candidates.subarray(0, count), weights, logits);
+    count = Math.min(count, wanted);
     if (row.topP < 1) {
-      const mass = row.topK > 0 ? candidates.reduce((sum, token) => sum + weights[token]!, 0) : total;
+      let mass = total;
+      if (row.topK > 0) {
+        mass = 0;
+        for (let i = 0; i < count; i++) mass += weights[candidates[i]!]!;
+      }
       let cumulative = 0;
-      let count = 0;
-      while (count < candidates.length && (count === 0 || cumulative < row.topP * mass))
-        cumulative += weights[candidates[count++]!]!;
-      candidates = candidates.slice(0, count);
+      let numKept = 0;
+      while (numKept < count && (numKept === 0 || cumulative < row.topP * mass))
+        cumulative += weights[candidates[numKept++]!]!;
+      count = numKept;
     }
-    return row.minP > 0 ? candidates.filter((token) => weights[token]! >= row.minP) : candidates;
+    while (row.minP > 0 && count > 1 && weights[candidates[count - 1]!]! < row.minP) count--;
+    return count;
   }
 
   #withLogprobs(logits: Float32Array, maximum: number, token: number, numLogprobs: number): SampledToken {

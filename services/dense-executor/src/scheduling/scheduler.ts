@@ -14,6 +14,7 @@
  * 4. No token is scheduled that has no room in its request's block table.
  * 5. Drafts only fill a step of decode tokens up to MAX_SPECULATED_ROWS: there a pass costs little more than for one row,
  *    and most of the time of a step is the way to the shards and back. A full batch has none.
+ * 6. A request that is to run alone has the next step of its wave for itself, with no longer a chunk than beside others.
  */
 import type { ModelDescription } from '@lamina/model';
 import type { KvDtype } from '@lamina/tensor';
@@ -196,6 +197,11 @@ export class Scheduler {
     const wave = this.#waves[waveIndex]!;
     const entries: StepEntry[] = [];
     const { maxBatchedTokens, prefillChunkTokens } = this.#limits;
+    for (const request of wave) {
+      if (!request.runsAlone) continue;
+      const chunkTokens = request.phase === 'decode' ? 1 : Math.min(maxBatchedTokens, prefillChunkTokens);
+      if (this.#take(request, this.#toBlockEnd(request, chunkTokens), entries) > 0) return entries;
+    }
     let budget = maxBatchedTokens;
     const ranked = isRanked(wave);
     if (ranked) wave.sort(byTurn);

@@ -9,7 +9,9 @@
  * 4. The queries of a prefill chunk that begins at a block see the chunk's own tokens here (SelfPart), and on shards only
  *    what lies before it: a token is seen in one place.
  */
-import { BLOCK_FIELDS, encodeStepPlan } from '@lamina/protocol';
+
+import { encodeStepPlan } from '@lamina/protocol';
+import { BLOCK_FIELDS } from '@lamina/tensor';
 import type { SelfPart, ShardPart, StepRequest } from '../worker/messages.ts';
 import type { Scheduler, StepEntry } from './scheduler.ts';
 

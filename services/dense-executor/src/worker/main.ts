@@ -12,6 +12,7 @@ import { openTensorLink } from '@lamina/bus';
 import {
   emptyFrameHeader,
   errorBodySchema,
+  errorOf,
   FRAME_HEADER_BYTES,
   FRAME_KIND,
   parseMessage,
@@ -90,8 +91,7 @@ let isStopping = false;
 function readFailure(frame: Uint8Array): LaminaError {
   try {
     const body = unpackMessage(frame.subarray(FRAME_HEADER_BYTES));
-    const { code, message } = parseMessage('shard failure', errorBodySchema, body);
-    return new LaminaError(code, message);
+    return errorOf(parseMessage('shard failure', errorBodySchema, body));
   } catch (cause) {
     return asLaminaError(cause);
   }
@@ -120,14 +120,18 @@ link.subscribe(replySubjectOf('*', '*'), (message) => {
   else if (header.kind === FRAME_KIND.partial) {
     if (!wave.exchange.receive(data, header)) retraction.receive(header);
   } else if (header.kind === FRAME_KIND.failure) {
-    wave.exchange.receiveFailure(header, readFailure(data));
+    const failure = readFailure(data);
+    if (failure.retryAfterMs === 0) runAllAgain(failure);
+    else wave.exchange.receiveFailure(header, failure);
   }
 });
+/** What was under way may be lost, whichever step's it was; the KV is not. */
+function runAllAgain(failure: LaminaError): void {
+  for (const wave of waves) wave.exchange.fail(failure, []);
+}
 link.onStatus((status) => {
   if (status === 'disconnect') numCuts++;
-  // What was under way may be lost; the KV is not, so the steps are run again.
-  if (status !== 'reconnect') return;
-  for (const wave of waves) wave.exchange.fail(new LaminaError('unavailable', 'the connection to NATS was lost'), []);
+  if (status === 'reconnect') runAllAgain(new LaminaError('unavailable', 'the connection to NATS was lost'));
 });
 
 /** A layer that waits longer makes its shards suspect. */

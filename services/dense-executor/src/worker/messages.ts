@@ -6,8 +6,7 @@
  * 2. All that a step needs travels with its request; between that and the result the worker asks nobody.
  */
 import type { NatsAccess, TensorLinkKind } from '@lamina/bus';
-import type { StepPlan } from '@lamina/protocol';
-import type { AttentionSpec, ErrorCode, KvDtype } from '@lamina/tensor';
+import type { AttentionSpec, ErrorCode, KvDtype, StepPlan } from '@lamina/tensor';
 import type { NativeGuardMemory } from './native-guard.ts';
 
 export interface WorkerOptions {
@@ -148,6 +147,8 @@ export interface StepFailed {
   readonly message: string;
   /** Shards that are to blame, empty when the executor itself is. */
   readonly shardIds: readonly string[];
+  /** Only a frame was refused, here or by a shard that says so: the shards live, and hold what they held. */
+  readonly isRefusal: boolean;
 }
 
 export interface Ready {

@@ -11,9 +11,9 @@
  * 3. A job of a step that failed ends before its buffers are used again.
  */
 import { type AttentionKernel, createKernel, type KernelStep } from '@lamina/attention-kernel';
-import { attendBytes, partialBytes } from '@lamina/protocol';
-import { type AttentionSpec, asLaminaError, type KvDtype } from '@lamina/tensor';
+import { type AttentionSpec, asLaminaError, attendBytes, type KvDtype, partialBytes } from '@lamina/tensor';
 import type { SelfPart } from './messages.ts';
+import { outOfMemory } from './step-error.ts';
 import { PartialRows, packRows, toRuns, type WireElements, wireElements } from './wire-rows.ts';
 
 const NOTHING = new Float32Array(0);
@@ -62,7 +62,7 @@ export class SelfAttention {
 
   /**
    * `rows` are those of the part at once; the rest when a job that a failed step left has ended.
-   * @throws LaminaError `config_invalid` when there is no memory for the chunk.
+   * @throws LaminaError `overloaded` when there is no memory, or no thread, for the chunk.
    */
   async begin(part: SelfPart): Promise<void> {
     this.rows = part.rows;
@@ -129,8 +129,13 @@ export class SelfAttention {
       blockSizeTokens,
       kvDtype,
     };
-    const { kernel } = createKernel({ layout, numBlocks, numThreads: this.#numThreads, kind: 'auto' });
-    this.#kernel = kernel;
-    return kernel;
+    try {
+      const { kernel } = createKernel({ layout, numBlocks, numThreads: this.#numThreads, kind: 'auto' });
+      this.#kernel = kernel;
+      return kernel;
+    } catch (cause) {
+      // The layout was taken when the executor started: it is memory or threads that are short.
+      throw outOfMemory(asLaminaError(cause).message, cause);
+    }
   }
 }

@@ -15,17 +15,22 @@
  */
 import type { TensorLink } from '@lamina/bus';
 import {
-  attendBytes,
   FRAME_HEADER_BYTES,
   FRAME_KIND,
   FrameAssembler,
   type FrameHeader,
-  partialBytes,
   splitFrame,
-  type TensorLayout,
   writeFrameHeader,
 } from '@lamina/protocol';
-import { AttentionGather, applySinks, LaminaError } from '@lamina/tensor';
+import {
+  AttentionGather,
+  applySinks,
+  asLaminaError,
+  attendBytes,
+  LaminaError,
+  partialBytes,
+  type TensorLayout,
+} from '@lamina/tensor';
 import type { KvLease } from '../kv-lease.ts';
 import type { ModelDims, ShardPart, StepRequest } from './messages.ts';
 import type { Turns } from './turns.ts';
@@ -217,10 +222,17 @@ export class TensorExchange {
           `a shard answers ${header.bodyBytes} bytes where ${link.partialBytes} belong`,
         ),
         [link.shardId],
+        true,
       );
       return true;
     }
-    const body = link.assembler.push(frame, header);
+    let body: Uint8Array | undefined;
+    try {
+      body = link.assembler.push(frame, header);
+    } catch (cause) {
+      this.fail(asLaminaError(cause), [link.shardId], true);
+      return true;
+    }
     if (body === undefined) return true;
     link.partial.read(body);
     link.hasAnswered = true;
@@ -249,10 +261,10 @@ export class TensorExchange {
       this.fail(new LaminaError('unavailable', `${link.shardId} does not listen`), [link.shardId]);
   }
 
-  /** A shard says that it cannot answer: fails the step it names, if that is in flight. */
+  /** A shard says that it cannot answer, or its answer was damaged: fails the step it names, if that is in flight. */
   receiveFailure(header: FrameHeader, error: LaminaError): void {
     const link = this.#links[header.shardIndex];
-    if (header.stepId === this.#stepId && link !== undefined) this.fail(error, [link.shardId]);
+    if (header.stepId === this.#stepId && link !== undefined) this.fail(error, [link.shardId], true);
   }
 
   /**
@@ -292,8 +304,8 @@ export class TensorExchange {
     if (stepId === this.#stepId) this.fail(new LaminaError('unavailable', 'the step was aborted'), []);
   }
 
-  /** Fails the step in flight; its buffers are dropped. `shardIds` are to blame. */
-  fail(error: LaminaError, shardIds: readonly string[]): void {
+  /** Fails the step in flight; its buffers are dropped. `shardIds` are to blame; `isRefusal` as in StepFailed. */
+  fail(error: LaminaError, shardIds: readonly string[], isRefusal = false): void {
     const reject = this.#reject ?? this.#onStored?.reject;
     this.#settle();
     this.#onStored = undefined;
@@ -301,7 +313,7 @@ export class TensorExchange {
     this.#links = [];
     this.#stepId = -1;
     this.dispatchedAtMs = Number.NaN;
-    const failure = new LaminaError(error.code, error.message, { cause: error, diagnostics: { shardIds } });
+    const failure = new LaminaError(error.code, error.message, { cause: error, diagnostics: { shardIds, isRefusal } });
     if (reject === undefined) this.#failure = failure;
     else reject(failure);
   }

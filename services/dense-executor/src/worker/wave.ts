@@ -7,7 +7,7 @@
  */
 import type { TensorLink } from '@lamina/bus';
 import { FRAME_KIND, type FrameHeader, SUBJECTS } from '@lamina/protocol';
-import { asLaminaError, type LaminaError } from '@lamina/tensor';
+import type { LaminaError } from '@lamina/tensor';
 import { Tensor } from 'onnxruntime-node';
 import type { KvLease } from '../kv-lease.ts';
 import { LAYER_EVENT, LayerCursor } from '../request/layer-cycle.ts';
@@ -23,6 +23,7 @@ import {
 } from './messages.ts';
 import { SelfAttention } from './self-attention.ts';
 import { floatsOf, type LayerOutputs, StageOutputs } from './stage-outputs.ts';
+import { stepError } from './step-error.ts';
 import { TensorExchange } from './tensor-exchange.ts';
 import type { Turns } from './turns.ts';
 
@@ -85,15 +86,16 @@ export class Wave {
     try {
       return await this.#run(step);
     } catch (cause) {
-      const error = asLaminaError(cause);
+      const error = stepError(cause);
       this.exchange.fail(error, []);
       return {
         kind: 'stepFailed',
         waveIndex: step.waveIndex,
         stepId: step.stepId,
         code: error.code,
-        message: reasonOf(error),
+        message: error.message,
         shardIds: shardIdsOf(error),
+        isRefusal: error.diagnostics.isRefusal === true,
       };
     } finally {
       this.#turns.numRunnable--;
@@ -258,12 +260,6 @@ function emptySample(step: StepRequest): {
     logprobs: new Float64Array(numRows),
     topLogprobs: wantsTop ? Array.from({ length: numRows }, () => []) : null,
   };
-}
-
-function reasonOf(error: LaminaError): string {
-  return error.code === 'internal' && typeof error.diagnostics.reason === 'string'
-    ? error.diagnostics.reason
-    : error.message;
 }
 
 function shardIdsOf(error: LaminaError): string[] {

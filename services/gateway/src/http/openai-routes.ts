@@ -10,7 +10,7 @@ import { LaminaError } from '@lamina/tensor';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import { createId, type Gateway } from '../gateway.ts';
 import type { Access } from './access.ts';
-import { collectAnswer, streamAnswer } from './answers.ts';
+import { collectAnswer, onGone, streamAnswer } from './answers.ts';
 import { CHAT, COMPLETION, type OpenAiFormat, type ReplyFacts } from './openai-reply.ts';
 import { type OpenAiRequest, readChatCompletion, readCompletion } from './openai-request.ts';
 
@@ -56,12 +56,13 @@ export function registerOpenAi(server: FastifyInstance, { modelId, gateway, acce
       const parsed = { request: generate, encoding: 'json' as const };
       const relay = gateway.open(parsed, sink, client, access.requestIdOf(client, id));
       reply.header(REQUEST_ID_HEADER, id);
-      reply.raw.once('close', () => gateway.hangUp(relay));
+      onGone(reply, () => gateway.hangUp(relay));
     };
     if (!isStream) {
-      const { sink, messages } = collectAnswer();
+      const { sink, messages } = collectAnswer(reply);
       open(sink);
-      return format.whole(facts, await messages);
+      const collected = await messages;
+      return collected === undefined ? reply.hijack() : format.whole(facts, collected);
     }
     const { sink, done } = streamAnswer(reply, {
       afterIndex,
