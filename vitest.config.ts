@@ -15,8 +15,8 @@ export default defineConfig({
           include: [
             'packages/*/{src,test}/**/*.test.ts',
             'services/*/{src,test}/**/*.test.ts',
-            'test/{structure,contract,synthetic,e2e}/**/*.test.ts',
-            'test/chaos/{trend,verdict}.test.ts',
+            'test/{structure,contract,synthetic,memory,e2e}/**/*.test.ts',
+            'test/chaos/verdict.test.ts',
           ],
           exclude: [...NOT_TESTS, ...ALONE],
           // Tests start real servers and clusters; more at a time would only make each other's timings longer.

@@ -13,13 +13,12 @@ import {
   type Child,
   type Cluster,
   type ClusterOptions,
-  natsServerOf,
   ROOT_DIRECTORY,
   type ServiceSettings,
   startCluster,
 } from '@lamina/cli';
 import { decodeTokens, SUBJECTS, type TokenMessage } from '@lamina/protocol';
-import { processEnvironment } from '@lamina/runtime';
+import { natsServerOf, processEnvironment } from '@lamina/runtime';
 import { LaminaError } from '@lamina/tensor';
 import { onTestFailed, onTestFinished } from 'vitest';
 

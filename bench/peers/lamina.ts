@@ -8,9 +8,9 @@
  * 2. Timeouts that a stop would trip are raised; nothing else differs from what `npm start` starts.
  */
 import { randomUUID } from 'node:crypto';
-import { type Cluster, natsServerOf, type ServiceSettings, startCluster } from '@lamina/cli';
+import { type Cluster, type ServiceSettings, startCluster } from '@lamina/cli';
 import { decodeTokens, ENDPOINTS, SUBJECTS } from '@lamina/protocol';
-import { processEnvironment } from '@lamina/runtime';
+import { natsServerOf, processEnvironment } from '@lamina/runtime';
 import { readMetrics } from '../metrics.ts';
 import { builtCacheOf, checkpointOf, shapeOf } from '../models.ts';
 import { type Contestant, type Opened, promptOf, WARM_UP_STEPS, type WindowLimits, type Workload } from './peer.ts';

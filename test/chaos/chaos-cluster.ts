@@ -5,16 +5,9 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import {
-  type Child,
-  type Cluster,
-  natsServerOf,
-  ROOT_DIRECTORY,
-  type ServiceSettings,
-  startCluster,
-} from '@lamina/cli';
+import { type Child, type Cluster, ROOT_DIRECTORY, type ServiceSettings, startCluster } from '@lamina/cli';
 import { ENDPOINTS, EVENTS } from '@lamina/protocol';
-import { processEnvironment, SETTINGS, type Service } from '@lamina/runtime';
+import { natsServerOf, processEnvironment, SETTINGS, type Service } from '@lamina/runtime';
 import { type NatsServer, startNatsServer } from '@lamina/testkit/nats-server';
 import { TEST_CACHE_DIRECTORY } from '../cluster.ts';
 import { ClusterLog } from './cluster-log.ts';

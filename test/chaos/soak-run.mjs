@@ -1,7 +1,7 @@
 /** Owns the command line of the soak: `npm run soak -- [--minutes N] [--seed N] [--json FILE]`. */
 import { parseArgs } from 'node:util';
 
-const COLLECT = new URL('soak-collect.mjs', import.meta.url);
+const COLLECT = new URL('../memory/collect.mjs', import.meta.url);
 
 /**
  * @param {readonly string[]} args

@@ -5,27 +5,20 @@
  * 1. Every process that runs at some sample is followed from then on, those included that are killed or take the place of
  *    others: what a service does in its first minutes is judged on them.
  * 2. Samples of a process's warm-up are kept and do not count; the warm-up of one that starts during the run is its own.
- * 3. Growth is that of what a process holds: the least that is resident while all of its heaps are collected, once in
- *    COLLECT_EVERY samples.
- *    V8 lets the heap of a small process rise by 8 MiB and more before it collects all of it, which at the load of a soak
- *    takes longer than the soak. What is resident in between is shown, and not judged.
+ * 3. Growth is that of what a process holds: once in COLLECT_EVERY samples (held-memory.ts). What is resident in
+ *    between is shown, and not judged.
  */
-import { readdirSync, readFileSync, statSync } from 'node:fs';
+import { readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { SERVICE_NAMES } from '@lamina/protocol';
 import type { Service } from '@lamina/runtime';
+import { heldBytesOf, residentBytesOf } from '../memory/held-memory.ts';
+import { growthPercent } from '../memory/trend.ts';
 import type { ChaosCluster } from './chaos-cluster.ts';
-import { sleep } from './requests.ts';
-import { growthPercent } from './trend.ts';
 
 const SERVICES: readonly Service[] = ['gateway', 'kv-manager', 'dense-executor', 'attention-shard'];
 const SCRAPE_TIMEOUT_MS = 5_000;
 const COLLECT_EVERY = 6;
-/** In which every thread has collected its heap: each when it comes to it, and young garbage gathers again from then on. */
-const COLLECT_MS = 2_000;
-const HELD_POLL_MS = 20;
-/** Of SIGUSR2 in the mask of signals that a process catches. It would end one that does not, and has a meaning for nats-server. */
-const SIGUSR2_BIT = 1n << 11n;
 const NATS_SERVER = 'nats-server';
 /** A process that starts later only loads its model: the machine is warm. */
 const LATE_WARM_UP_MS = 30_000;
@@ -84,7 +77,7 @@ export interface Held {
   readonly firstMiB: number;
   readonly lastMiB: number;
   readonly allMiB: readonly number[];
-  /** Of all of them, see trend.ts. */
+  /** Of all of them, see test/memory/trend.ts. */
   readonly growthPercent: number;
 }
 
@@ -138,18 +131,10 @@ export class Samples {
 
   /** Lets every process collect its heaps, and notes in its last sample the least that is resident meanwhile. */
   async #collect(): Promise<void> {
-    const collecting = [...this.#running()].filter(([pid, name]) => name !== NATS_SERVER && isToldToCollect(pid));
-    const lasts = collecting.flatMap(([pid]) => {
+    const held = await heldBytesOf([...this.#running()].flatMap(([pid, name]) => (name === NATS_SERVER ? [] : [pid])));
+    for (const [pid, bytes] of held) {
       const last = this.#byPid.get(pid)?.samples.at(-1);
-      return last === undefined ? [] : [{ pid, last }];
-    });
-    const untilMs = performance.now() + COLLECT_MS;
-    while (performance.now() < untilMs) {
-      for (const { pid, last } of lasts) {
-        const bytes = residentBytesOf(pid);
-        if (bytes !== undefined) last.heldBytes = Math.min(last.heldBytes ?? bytes, bytes);
-      }
-      await sleep(HELD_POLL_MS);
+      if (last !== undefined) last.heldBytes = bytes;
     }
   }
 
@@ -222,32 +207,11 @@ function heldOf(samples: readonly Sample[]): Held | undefined {
   };
 }
 
-/** False for a process that is gone, or that has not loaded soak-collect.mjs yet. */
-function isToldToCollect(pid: number): boolean {
-  try {
-    const caught = /^SigCgt:\s+([0-9a-f]+)$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
-    if (caught === undefined || (BigInt(`0x${caught}`) & SIGUSR2_BIT) === 0n) return false;
-    return process.kill(pid, 'SIGUSR2');
-  } catch {
-    return false;
-  }
-}
-
 /** Undefined when the process is gone. */
 function measure(pid: number): Pick<Sample, 'residentBytes' | 'numFiles'> | undefined {
   const residentBytes = residentBytesOf(pid);
   try {
     return residentBytes === undefined ? undefined : { residentBytes, numFiles: readdirSync(`/proc/${pid}/fd`).length };
-  } catch {
-    return undefined;
-  }
-}
-
-/** Undefined when the process is gone. */
-function residentBytesOf(pid: number): number | undefined {
-  try {
-    const kilobytes = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
-    return kilobytes === undefined ? undefined : Number(kilobytes) * 1024;
   } catch {
     return undefined;
   }

@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { Bus, ensureStreams, TokenStream, WorkQueue } from '@lamina/bus';
 import { decodeTokens, ENDPOINTS, EVENTS } from '@lamina/protocol';
+import { natsServerOf, processEnvironment } from '@lamina/runtime';
 import { startNatsServer } from '@lamina/testkit/nats-server';
 import { describe, expect, test } from 'vitest';
 import { announce, LEASE_MS, numQueued, TIMEOUT, token, workItem } from './bus-bench.ts';
@@ -93,7 +94,9 @@ describe.concurrent('a connection', () => {
 describe('a server', () => {
   test('without JetStream it is nats_unreachable, with what to do', async () => {
     const port = await freePort();
-    const plain = spawn('nats-server', ['-a', '127.0.0.1', '-p', String(port)], { stdio: 'ignore' });
+    const plain = spawn(natsServerOf(processEnvironment()), ['-a', '127.0.0.1', '-p', String(port)], {
+      stdio: 'ignore',
+    });
     const exited = once(plain, 'exit');
     const bus = await connect(`nats://127.0.0.1:${port}`);
     await expect(ensureStreams(bus)).rejects.toMatchObject({

@@ -4,6 +4,5 @@ export { Cluster, type ClusterOptions, type ServiceSettings, startCluster } from
 export { generate } from './demo.ts';
 export { readHealth } from './health.ts';
 export { type NatsUsersOptions, writeNatsUsers } from './nats-users.ts';
-export { natsServerOf } from './options.ts';
 export { readShards, type ShardReport } from './probes.ts';
 export { ROOT_DIRECTORY } from './root.ts';

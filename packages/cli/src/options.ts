@@ -6,7 +6,7 @@
  * 2. Paths are made absolute here: services resolve nothing against their own working directory. A repository of the hub
  *    is pulled here, with its progress on stderr, so that services find it in the cache.
  */
-import { readConfig, SETTINGS } from '@lamina/runtime';
+import { natsServerOf, readConfig, SETTINGS } from '@lamina/runtime';
 import { LaminaError } from '@lamina/tensor';
 import type { ClusterFlags, PortDefaults } from './arguments.ts';
 import type { ClusterOptions } from './cluster.ts';
@@ -38,9 +38,4 @@ export async function clusterOptionsOf(
     settings: { model, cacheDir: cacheDirOf(environment) },
     ...(flags.verbose ? { onLine: (name, line) => process.stderr.write(`[${name}] ${line}\n`) } : {}),
   };
-}
-
-/** The binary that the launcher script found, else whatever PATH has. */
-export function natsServerOf(environment: Environment): string {
-  return environment.LAMINA_NATS_SERVER || 'nats-server';
 }

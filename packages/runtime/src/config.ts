@@ -77,3 +77,8 @@ export function readConfig(
 export function processEnvironment(): Readonly<Record<string, string | undefined>> {
   return process.env;
 }
+
+/** The binary that the launcher script found, else whatever PATH has. */
+export function natsServerOf(environment: Readonly<Record<string, string | undefined>>): string {
+  return environment.LAMINA_NATS_SERVER || 'nats-server';
+}

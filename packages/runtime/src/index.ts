@@ -1,6 +1,6 @@
 /** Process life: the only package that reads process.env. */
 export { type Complain, createComplaints, MAX_PER_WINDOW, WINDOW_MS } from './complaints.ts';
-export { processEnvironment, readConfig } from './config.ts';
+export { natsServerOf, processEnvironment, readConfig } from './config.ts';
 export { HUB_VARIABLES, hubVariables } from './hub-access.ts';
 export { createLogger, type Logger } from './log.ts';
 export { Counter, collectMetrics, DURATION_BUCKETS_S, Gauge, Histogram, Registry } from './metrics.ts';

@@ -9,10 +9,11 @@ import { once } from 'node:events';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { natsServerOf, processEnvironment } from '@lamina/runtime';
 import { LaminaError } from '@lamina/tensor';
 
 export interface NatsServerOptions {
-  /** Path of the binary; default: nats-server from PATH. */
+  /** Path of the binary; default: the one that this process was started with, else nats-server from PATH. */
   readonly binary?: string;
   /** Default: any free one. */
   readonly port?: number;
@@ -64,7 +65,9 @@ export async function startNatsServer(options: NatsServerOptions = {}): Promise<
       options.configuration ?? '',
     ].join('\n'),
   );
-  const child = spawn(options.binary ?? 'nats-server', ['-c', configPath], { stdio: ['ignore', 'ignore', 'pipe'] });
+  const child = spawn(options.binary ?? natsServerOf(processEnvironment()), ['-c', configPath], {
+    stdio: ['ignore', 'ignore', 'pipe'],
+  });
   const cleanUp = (): void => {
     child.kill('SIGKILL');
     rmSync(workDir, { recursive: true, force: true });

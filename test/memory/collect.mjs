@@ -1,5 +1,5 @@
 /**
- * Loaded first by every Node process of a soak: on SIGUSR2 each of its threads collects its whole heap and gives free pages
+ * Loaded first by Node processes whose memory is judged: on SIGUSR2 each of its threads collects its whole heap and gives free pages
  * back. What is resident then is what the process holds, not what V8 has not collected yet.
  */
 import { Session } from 'node:inspector';
@@ -9,7 +9,7 @@ import { BroadcastChannel, isMainThread } from 'node:worker_threads';
 const session = new Session();
 session.connect();
 const collect = () => session.post('HeapProfiler.collectGarbage');
-const channel = new BroadcastChannel('soak-collect');
+const channel = new BroadcastChannel('lamina-collect');
 channel.onmessage = collect;
 channel.unref();
 if (isMainThread)
