@@ -81,19 +81,19 @@ export class AttentionDriver {
       { onError: () => undefined },
     );
     const driver = new AttentionDriver(bus, layout);
-    await bus.announce({
+    await bus.service.announce({
       name: SERVICE_NAMES['kv-manager'],
       version: '0.0.0',
       description: 'benchmark',
       metadata: {},
       stats: () => null,
     });
-    bus.serve(ENDPOINTS.shardHeartbeat, ({ shardId, numBlocks }) => {
+    bus.service.serve(ENDPOINTS.shardHeartbeat, ({ shardId, numBlocks }) => {
       if (numBlocks !== null) driver.#shards.set(shardId, numBlocks);
       const counts = { usedBlocks: 0, usedBlocksPeak: 0, fences: [] };
       return { managerEpoch: 'bench', layout, heartbeatIntervalMs: HEARTBEAT_INTERVAL_MS, known: true, ...counts };
     });
-    bus.serve(ENDPOINTS.shardLeave, () => ({}));
+    bus.service.serve(ENDPOINTS.shardLeave, () => ({}));
     bus.subscribe(SUBJECTS.workerTensors(WORKER_ID, '*', '*'), ({ data }) => driver.#receive(data));
     return driver;
   }

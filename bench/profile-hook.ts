@@ -1,7 +1,7 @@
 /**
  * Owns profiling a service from inside: loaded by `--import` into all processes of a cluster, it acts in a
- * dense-executor only. SIGUSR2 starts the CPU profiler of every thread, the next one ends it and writes a ThreadProfile each
- * into BENCH_PROFILE_DIR.
+ * dense-executor only. One SIGUSR2 starts the count of every thread's CPU time, the second ends it and starts the CPU profiler of
+ * each, the third ends that, and a ThreadProfile each is written into BENCH_PROFILE_DIR.
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { Session } from 'node:inspector';
@@ -21,20 +21,28 @@ if (directory !== undefined && process.argv[1]?.includes('dense-executor') === t
   /** The first field is what the thread has run, in ns. */
   const threadCpuMs = (): number => Number(readFileSync('/proc/thread-self/schedstat', 'utf8').split(' ')[0]) / 1e6;
   let startedCpuMs = 0;
-  const start = (): void => {
-    session.post('Profiler.start');
+  let counted: Omit<ThreadProfile, 'profile'> = { cpuMs: 0, linkCpuMs: undefined };
+  const startCount = (): void => {
     startedCpuMs = threadCpuMs();
     takeLinkCpuSeconds(true);
   };
-  const stop = (number: number): void => {
+  const startProfiler = (): void => {
     const cpuMs = threadCpuMs() - startedCpuMs;
     const linkCpuSeconds = takeLinkCpuSeconds(false);
+    counted = { cpuMs, linkCpuMs: linkCpuSeconds === undefined ? undefined : 1000 * linkCpuSeconds };
+    session.post('Profiler.start');
+  };
+  const write = (number: number): void => {
     session.post('Profiler.stop', (_error, result) => {
       if (result === undefined) return;
-      const linkCpuMs = linkCpuSeconds === undefined ? undefined : 1000 * linkCpuSeconds;
-      const written: ThreadProfile = { profile: result.profile, cpuMs, linkCpuMs };
+      const written: ThreadProfile = { profile: result.profile, ...counted };
       writeFileSync(join(directory, `${number}-${threadId}.json`), JSON.stringify(written));
     });
+  };
+  const onSignal = (signals: number): void => {
+    if (signals % 3 === 1) startCount();
+    else if (signals % 3 === 2) startProfiler();
+    else write(signals / 3);
   };
   const channel = new BroadcastChannel('profile');
   if (isMainThread) {
@@ -42,15 +50,10 @@ if (directory !== undefined && process.argv[1]?.includes('dense-executor') === t
     process.on('SIGUSR2', () => {
       signals++;
       channel.postMessage(signals);
-      if (signals % 2 === 1) start();
-      else stop(signals / 2);
+      onSignal(signals);
     });
   } else {
-    channel.onmessage = ({ data }: { data: unknown }) => {
-      const signals = Number(data);
-      if (signals % 2 === 1) start();
-      else stop(signals / 2);
-    };
+    channel.onmessage = ({ data }: { data: unknown }) => onSignal(Number(data));
   }
   channel.unref();
 }

@@ -8,6 +8,7 @@
  * 3. The profiler samples by the clock, so a thread that another has put off its core is counted as if it ran. That happens where
  *    a message is sent, which wakes its receiver: native code of links counts by its own CPU clock, and what is left of a
  *    thread's CPU time is divided as its other samples are.
+ * 4. CPU time is counted before the profiler runs: its signals interrupt every wait, and are handled in whatever they interrupt.
  */
 import type { Profiler } from 'node:inspector';
 
@@ -39,7 +40,7 @@ const SAMPLING_FUNCTION = '#sample';
 
 export interface ThreadProfile {
   readonly profile: Profiler.Profile;
-  /** CPU time of the thread meanwhile. */
+  /** CPU time of the thread while it was counted. */
   readonly cpuMs: number;
   /** Of that, in native code of links; undefined without them. */
   readonly linkCpuMs: number | undefined;

@@ -4,7 +4,7 @@
  *
  * Invariants
  * 1. A share is of all CPU time of the executor process in the same seconds, ONNX Runtime's threads included. The profiler
- *    runs meanwhile, for both sides of it.
+ *    runs in other seconds of the same requests: it says how the time of each thread is divided.
  */
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -54,6 +54,8 @@ async function measureRound(ours: LaminaPeer, directory: string, number: number,
   const [metricsBefore, cpuBefore] = [await readMetrics(cluster.httpUrl), await cpuSecondsOf(executor?.pid)];
   await sleep(seconds * 1000);
   const [metricsAfter, cpuAfter] = [await readMetrics(cluster.httpUrl), await cpuSecondsOf(executor?.pid)];
+  executor?.kill('SIGUSR2');
+  await sleep(seconds * 1000);
   executor?.kill('SIGUSR2');
   const causes = (await readProfiles(directory, number)).map(causesOf);
   const { numSteps, ms } = stepCosts(metricsBefore, metricsAfter);

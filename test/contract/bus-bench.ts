@@ -41,7 +41,7 @@ export async function announce(
   metadata: Record<string, string> = {},
   stats: unknown = null,
 ): Promise<void> {
-  await bus.announce({ name: 'test-service', version: '0.1.0', description: '', metadata, stats: () => stats });
+  await bus.service.announce({ name: 'test-service', version: '0.1.0', description: '', metadata, stats: () => stats });
   await bus.flush();
 }
 

@@ -12,7 +12,7 @@ describe('request and reply', () => {
   test('a typed body goes over and a typed reply comes back', async () => {
     await announce();
     const seen: unknown[] = [];
-    server.serve(ENDPOINTS.allocate, async (body) => {
+    server.service.serve(ENDPOINTS.allocate, async (body) => {
       seen.push(body);
       return { managerEpoch: 'm', blocks: [{ shardId: 's', block: body.numTokens }] };
     });
@@ -23,10 +23,10 @@ describe('request and reply', () => {
     });
     expect(seen).toEqual([CALL]);
     // Who may only ask must not have the server publish elsewhere for it.
-    const kinds = ['', '.test-service', `.test-service.${server.instanceId}`];
+    const kinds = ['', '.test-service', `.test-service.${server.service.instanceId}`];
     const asked = [
       ENDPOINTS.allocate.subject,
-      SUBJECTS.status(server.instanceId),
+      SUBJECTS.status(server.service.instanceId),
       ...['PING', 'INFO', 'STATS'].flatMap((verb) => kinds.map((kind) => `$SRV.${verb}${kind}`)),
     ];
     for (const reply of ['lamina.v1.work.x', '$JS.API.STREAM.PURGE.LAMINA_WORK']) {
@@ -47,7 +47,7 @@ describe('request and reply', () => {
   const retryAfter: Partial<Record<ErrorCode, number>> = { unavailable: 1_500, overloaded: 0 };
   test('every error code, its message and when to try again survive, diagnostics and causes do not', async () => {
     await announce();
-    server.serve(ENDPOINTS.free, ({ requestId }) => {
+    server.service.serve(ENDPOINTS.free, ({ requestId }) => {
       if (isErrorCode(requestId))
         throw new LaminaError(requestId, `it was ${requestId}`, {
           diagnostics: { a: 1 },
@@ -89,7 +89,7 @@ describe('request and reply', () => {
 
   test('a malformed body is answered with protocol_violation, and the connection goes on', async () => {
     await announce();
-    server.serve(ENDPOINTS.extend, () => ({ managerEpoch: 'm', blocks: [] }));
+    server.service.serve(ENDPOINTS.extend, () => ({ managerEpoch: 'm', blocks: [] }));
     await server.flush();
     const { subject } = ENDPOINTS.extend;
     const bodies = [new Uint8Array(0), Buffer.from('hello'), Buffer.of(0xc1), packMessage({ requestId: 'a.b' })];
@@ -129,7 +129,7 @@ describe('request and reply', () => {
   test('what is larger than a message is refused as such, in both directions', async () => {
     await announce();
     const blocks = new Array(100_000).fill({ shardId: 's'.repeat(20), block: 1 });
-    server.serve(ENDPOINTS.allocate, () => ({ managerEpoch: 'm', blocks }));
+    server.service.serve(ENDPOINTS.allocate, () => ({ managerEpoch: 'm', blocks }));
     await server.flush();
     await expect(client.request(ENDPOINTS.allocate, CALL, TIMEOUT)).rejects.toMatchObject({ code: 'internal' });
     const body = { executorId: 'e', modelId: 'm'.repeat(client.maxPayloadBytes), spec: Object(), originIds: [1] };
@@ -141,14 +141,14 @@ describe('request and reply', () => {
 
   test('a service that withdrew is not there any more, its connection is', async () => {
     await announce();
-    server.serve(ENDPOINTS.kvStatus, () => {
+    server.service.serve(ENDPOINTS.kvStatus, () => {
       throw new LaminaError('overloaded', '');
     });
     const events: number[] = [];
     server.onEvent(EVENTS.capacityFreed, ({ freeBlocks }) => events.push(freeBlocks));
     await server.flush();
     await expect(client.request(ENDPOINTS.kvStatus, {}, TIMEOUT)).rejects.toMatchObject({ code: 'overloaded' });
-    await server.withdraw();
+    await server.service.withdraw();
     await server.flush();
     await expect(client.request(ENDPOINTS.kvStatus, {}, TIMEOUT)).rejects.toMatchObject({ code: 'unavailable' });
     client.publishEvent(EVENTS.capacityFreed, { freeBlocks: 3 });
@@ -157,8 +157,8 @@ describe('request and reply', () => {
   });
 
   test('endpoints need an announced service', () => {
-    expect(() => server.serve(ENDPOINTS.kvStatus, () => Object())).toThrow(LaminaError);
-    expect(() => server.serveRaw('raw', 'raw', 'q', () => undefined)).toThrow(LaminaError);
+    expect(() => server.service.serve(ENDPOINTS.kvStatus, () => Object())).toThrow(LaminaError);
+    expect(() => server.service.serveRaw('raw', 'raw', 'q', () => undefined)).toThrow(LaminaError);
   });
 });
 
@@ -258,10 +258,10 @@ describe('events and raw messages', () => {
       { instance: 'one', data: { load: 1 } },
       { instance: 'two', data: { load: 2 } },
     ]);
-    expect(new Set(all.map(({ id }) => id))).toEqual(new Set([server.instanceId, client.instanceId]));
+    expect(new Set(all.map(({ id }) => id))).toEqual(new Set([server.service.instanceId, client.service.instanceId]));
     expect(await client.serviceStats('nobody', 200)).toEqual([]);
     const status = await new Promise((resolve) => {
-      client.requestStream(SUBJECTS.status(server.instanceId), new Uint8Array(0), (reply) =>
+      client.requestStream(SUBJECTS.status(server.service.instanceId), new Uint8Array(0), (reply) =>
         resolve(reply && unpackMessage(reply.data)),
       );
     });

@@ -130,7 +130,7 @@ describe('a server', () => {
       bus.onStatus((type) => changes.push(type));
       await ensureStreams(bus);
       await announce(bus);
-      bus.serve(ENDPOINTS.free, () => ({}));
+      bus.service.serve(ENDPOINTS.free, () => ({}));
       const events: number[] = [];
       bus.onEvent(EVENTS.capacityFreed, ({ freeBlocks }) => events.push(freeBlocks));
       const queue = new WorkQueue(bus);

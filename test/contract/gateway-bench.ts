@@ -23,14 +23,14 @@ export const READY: KvStatus = {
 
 /** Announces `bus` as a kv-manager that says what `status` says at the time. */
 export async function playKvManager(bus: Bus, status: () => KvStatus): Promise<void> {
-  await bus.announce({
+  await bus.service.announce({
     name: SERVICE_NAMES['kv-manager'],
     version: '0.1.0',
     description: '',
     metadata: {},
     stats: () => null,
   });
-  bus.serve(ENDPOINTS.kvStatus, status);
+  bus.service.serve(ENDPOINTS.kvStatus, status);
 }
 
 export const token = (id: string, index: number, finishReason: TokenMessage['finish_reason'] = null): TokenMessage => ({

@@ -35,7 +35,7 @@ export async function startInProcess(
   const bus = await connect(url);
   const failures: unknown[] = [];
   let running: RunningService | undefined;
-  await bus.announce({
+  await bus.service.announce({
     name: SERVICE_NAMES[service],
     version: VERSION,
     description: service,

@@ -44,8 +44,8 @@ beforeEach(async () => {
   beats = [];
   originIds = [1, 2];
   [managerBus, bus] = await Promise.all([connect(nats.url), connect(nats.url)]);
-  await managerBus.announce({ name: 'kv', version: '0.0.1', description: '', metadata: {}, stats: () => null });
-  managerBus.serve(ENDPOINTS.executorHeartbeat, (body) => {
+  await managerBus.service.announce({ name: 'kv', version: '0.0.1', description: '', metadata: {}, stats: () => null });
+  managerBus.service.serve(ENDPOINTS.executorHeartbeat, (body) => {
     beats.push({ originIds: body.originIds, holdsLease: lease.isHeld });
     return isSilent
       ? never
@@ -60,12 +60,12 @@ beforeEach(async () => {
           ...answer.heartbeat,
         };
   });
-  managerBus.serve(ENDPOINTS.allocate, ({ requestId, deliveryCount }) => {
+  managerBus.service.serve(ENDPOINTS.allocate, ({ requestId, deliveryCount }) => {
     asked.push(`allocate ${requestId} ${deliveryCount}`);
     if (answer.allocate === 'overloaded') throw new LaminaError('overloaded', 'full');
     return { managerEpoch: 'm1', blocks: [{ shardId: 's', block: 1 }] };
   });
-  managerBus.serve(ENDPOINTS.free, ({ requestId }) => {
+  managerBus.service.serve(ENDPOINTS.free, ({ requestId }) => {
     asked.push(`free ${requestId}`);
     return answer.free === 'silence' ? never : {};
   });

@@ -282,10 +282,10 @@ test('a durable-client can neither pull nor acknowledge: both are answered with 
 
 test('what a service says of itself goes to no stream and does as no call', async () => {
   const name = SERVICE_NAMES.gateway;
-  await service.announce({ name, version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
+  await service.service.announce({ name, version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
   await service.flush();
   const before = await cluster();
-  const kinds = ['', `.${name}`, `.${name}.${service.instanceId}`];
+  const kinds = ['', `.${name}`, `.${name}.${service.service.instanceId}`];
   const asked = ['PING', 'INFO', 'STATS'].flatMap((verb) => kinds.map((kind) => `$SRV.${verb}${kind}`));
   const subjects = [SUBJECTS.work('k', 'x'), SUBJECTS.tokens('kept'), SUBJECTS.tokens('x'), ...CALLS];
   for (const subject of asked)
@@ -293,7 +293,7 @@ test('what a service says of itself goes to no stream and does as no call', asyn
   await settle();
   expect(await cluster()).toEqual(before);
   // It answers nevertheless.
-  expect((await attacker.request('$SRV.PING')).json()).toMatchObject({ name, id: service.instanceId });
+  expect((await attacker.request('$SRV.PING')).json()).toMatchObject({ name, id: service.service.instanceId });
 });
 
 test('where a service is answered cannot be guessed from what it says of itself', async () => {
@@ -301,13 +301,13 @@ test('where a service is answered cannot be guessed from what it says of itself'
   const replies: string[] = [];
   manager.subscribe(ENDPOINTS.kvStatus.subject, { callback: (_, { reply }) => replies.push(reply ?? '') });
   await manager.flush();
-  await service.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
+  await service.service.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => ({}) });
   await service.request(ENDPOINTS.kvStatus, {}, { timeoutMs: 100 }).catch(() => undefined);
   await service.requestAll(ENDPOINTS.kvStatus.subject, 100);
   await manager.close();
   expect(replies).toHaveLength(2);
   // nats.js makes ids, inboxes and request tokens from one sequence, of which the first 12 characters never change.
-  const sequence = service.instanceId.slice(0, 12);
+  const sequence = service.service.instanceId.slice(0, 12);
   for (const reply of replies) {
     const [inbox, user, secret, ...rest] = reply.split('.');
     expect([inbox, user]).toEqual(['_INBOX', 'gateway']);

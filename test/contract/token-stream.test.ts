@@ -242,6 +242,8 @@ describe('the token stream', () => {
     await client.flush();
     const first = await writer.append([token('lagging', 0)], 'json', 0);
     const second = await writer.append([token('lagging', 1)], 'json', first!);
+    // What is stored may reach the reader after its confirmation has reached the writer.
+    await eventually(() => (followed.includes(1) ? true : undefined));
     expect([followed, doubts]).toEqual([[0, 1], 0]);
     // Of an executor that another has taken over from.
     const late = ['x', 'y', 'z'].map((text, at) => ({ ...token('lagging', 1 + at), text }));

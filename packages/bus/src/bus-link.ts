@@ -1,5 +1,6 @@
 /** Owns the tensor link over nats.js, which never writes to a received chunk again: for where there is no native one. */
-import { Bus, type BusEvents, type Subscription } from './bus.ts';
+import { Bus, type Subscription } from './bus.ts';
+import type { BusEvents } from './bus-message.ts';
 import type { BusOptions } from './connection.ts';
 import type { LinkMessage, LinkStatus, TensorLink } from './tensor-link.ts';
 

@@ -1,24 +1,20 @@
 /**
- * Owns one NATS connection and the typed ways to use it: requests, events, raw messages, micro service.
+ * Owns one NATS connection and the typed ways to use it: requests, events, raw messages. What it serves is `service`.
  *
  * Invariants
- * 1. Every control message is schema-checked by its receiver; a failure is answered, counted and never thrown at the connection.
- * 2. Replies are `{ok: ...}` or `{error: {code, message, retryAfterMs?}}`, so an error survives the hop.
- * 3. A caller of an endpoint or of $SRV is not answered on a subject of Lamina or of the server (`reply-guard.ts`).
- * 4. Tensors do not pass here, unless there is no native link (open-tensor-link.ts).
+ * 1. Replies and events are schema-checked; a handler that fails is reported and never throws at the connection.
+ * 2. Tensors do not pass here, unless there is no native link (open-tensor-link.ts).
  */
 import {
   type Endpoint,
   type EventSubject,
-  errorBodyOf,
   errorBodySchema,
   errorOf,
   packMessage,
   parseMessage,
-  SUBJECTS,
   unpackMessage,
 } from '@lamina/protocol';
-import { asLaminaError, LaminaError } from '@lamina/tensor';
+import { LaminaError } from '@lamina/tensor';
 import {
   createInbox,
   ErrorCode,
@@ -28,38 +24,16 @@ import {
   NatsError,
   type PublishOptions,
   RequestStrategy,
-  type Service,
 } from 'nats';
+import { type BusEvents, type BusMessage, guarded, LazyMessage } from './bus-message.ts';
 import { type BusOptions, connectToNats } from './connection.ts';
 import { NO_RESPONDERS_STATUS } from './jetstream-codes.ts';
-import { guardDiscovery, isForbiddenReply, secretInboxPrefix } from './reply-guard.ts';
+import { MicroService } from './micro-service.ts';
+import { secretInboxPrefix } from './reply-guard.ts';
 import { StreamPublisher } from './stream-publisher.ts';
-
-/**
- * One received message. `data` is a view at any byte alignment. nats.js never writes to a received chunk again (Node
- * reads each into new memory, a message split over chunks is copied out), so the view stays unchanged while it is held;
- * it keeps its whole chunk alive.
- */
-export interface BusMessage {
-  readonly subject: string;
-  readonly data: Uint8Array;
-  /** Subject to answer to, or undefined. */
-  readonly reply: string | undefined;
-  header(name: string): string | undefined;
-}
 
 export interface Subscription {
   unsubscribe(): void;
-}
-
-export interface ServiceDescription {
-  /** $SRV name, one of SERVICE_NAMES. */
-  readonly name: string;
-  readonly version: string;
-  readonly description: string;
-  readonly metadata: Record<string, string>;
-  /** `data` of every endpoint in the answer to $SRV.STATS. */
-  readonly stats: () => unknown;
 }
 
 /** One instance's answer to $SRV.STATS. */
@@ -70,41 +44,11 @@ export interface InstanceStats {
   readonly data: unknown;
 }
 
-export interface BusEvents {
-  /** A handler failed or a message was malformed: for the log and the error counter. */
-  readonly onError: (error: LaminaError, subject: string) => void;
-}
-
 function isNoResponders(message: Msg): boolean {
   return message.data.length === 0 && message.headers?.code === NO_RESPONDERS_STATUS;
 }
 
 const DRAIN_TIMEOUT_MS = 2_000;
-
-/** Fields are decoded when they are read. */
-class LazyMessage implements BusMessage {
-  readonly #message: Msg;
-
-  constructor(message: Msg) {
-    this.#message = message;
-  }
-
-  get subject(): string {
-    return this.#message.subject;
-  }
-
-  get data(): Uint8Array {
-    return this.#message.data;
-  }
-
-  get reply(): string | undefined {
-    return this.#message.reply || undefined;
-  }
-
-  header(name: string): string | undefined {
-    return this.#message.headers?.get(name) || undefined;
-  }
-}
 
 /** What does not fit a message is refused as such: trying again would not help. */
 export function tooLarge(what: string, bus: Bus, cause: unknown): LaminaError {
@@ -117,7 +61,8 @@ export class Bus {
   readonly #events: BusEvents;
   readonly #inboxPrefix: string | undefined;
   readonly #user: string | undefined;
-  #service: Service | undefined;
+  /** What this process answers to. */
+  readonly service: MicroService;
 
   private constructor(
     connection: NatsConnection,
@@ -129,7 +74,7 @@ export class Bus {
     this.#events = events;
     this.#inboxPrefix = inboxPrefix;
     this.#user = user;
-    guardDiscovery(connection, (message) => this.#mayAnswer(message));
+    this.service = new MicroService(connection, events);
   }
 
   /** @throws LaminaError `nats_unreachable` */
@@ -222,79 +167,6 @@ export class Bus {
     }
   }
 
-  /** Announces this process as a NATS micro service: $SRV.PING, INFO and STATS. Endpoints are added with `serve`. */
-  async announce(description: ServiceDescription): Promise<void> {
-    this.#service = await this.#connection.services.add({
-      name: description.name,
-      version: description.version,
-      description: description.description,
-      metadata: description.metadata,
-      statsHandler: () => Promise.resolve(description.stats()),
-    });
-    // $SRV.STATS carries `data` per endpoint only, so a service that serves nothing else needs one to be seen.
-    this.#service.addEndpoint('status', {
-      subject: SUBJECTS.status(this.instanceId),
-      handler: (error, message) => {
-        if (error === null && this.#mayAnswer(message)) message.respond(packMessage(description.stats()));
-      },
-    });
-  }
-
-  /** The id under which this process answers $SRV.PING. */
-  get instanceId(): string {
-    return this.#service?.info().id ?? '';
-  }
-
-  /** Serves an endpoint of the control plane as an endpoint of the announced micro service. Call `announce` first. */
-  serve<Request, Reply>(endpoint: Endpoint<Request, Reply>, handler: (body: Request) => Reply | Promise<Reply>): void {
-    if (this.#service === undefined)
-      throw new LaminaError('internal', 'announce the service before it serves endpoints');
-    const name = endpoint.subject.replaceAll('.', '-');
-    this.#service.addEndpoint(name, {
-      subject: endpoint.subject,
-      handler: (error, message) => {
-        if (error || !this.#mayAnswer(message)) return;
-        this.#answer(endpoint, handler, message).catch((cause: unknown) =>
-          this.#events.onError(asLaminaError(cause), endpoint.subject),
-        );
-      },
-    });
-  }
-
-  async #answer<Request, Reply>(
-    endpoint: Endpoint<Request, Reply>,
-    handler: (body: Request) => Reply | Promise<Reply>,
-    message: Msg,
-  ): Promise<void> {
-    try {
-      const body = parseMessage(endpoint.subject, endpoint.request, unpackMessage(message.data));
-      message.respond(packMessage({ ok: await handler(body) }));
-    } catch (cause) {
-      const error = asLaminaError(cause);
-      if (error.code === 'internal' || error.code === 'protocol_violation')
-        this.#events.onError(error, endpoint.subject);
-      message.respond(packMessage({ error: errorBodyOf(error) }));
-    }
-  }
-
-  /** Stops taking requests: every endpoint and $SRV answer ends, the connection and other subscriptions stay. */
-  async withdraw(): Promise<void> {
-    await this.#service?.stop();
-  }
-
-  /** Adds an endpoint that takes raw messages, in the queue group of the service. */
-  serveRaw(name: string, subject: string, queue: string, handler: (message: BusMessage) => void): void {
-    if (this.#service === undefined)
-      throw new LaminaError('internal', 'announce the service before it serves endpoints');
-    this.#service.addEndpoint(name, {
-      subject,
-      queue,
-      handler: (error, message) => {
-        if (error === null && this.#mayAnswer(message)) this.#guard(subject, () => handler(new LazyMessage(message)));
-      },
-    });
-  }
-
   publishEvent<Body>(event: EventSubject<Body>, body: Body): void {
     this.#connection.publish(event.subject, packMessage(body));
   }
@@ -334,7 +206,7 @@ export class Bus {
             new LaminaError('unavailable', `subscription ${subject} failed: ${error.message}`, { cause: error }),
             subject,
           );
-        else this.#guard(subject, () => callback(new LazyMessage(message)));
+        else guarded(this.#events, subject, () => callback(new LazyMessage(message)));
       },
     });
   }
@@ -348,7 +220,7 @@ export class Bus {
     const subscription = this.#connection.subscribe(inbox, {
       callback: (error, message) => {
         if (error) return;
-        this.#guard(subject, () => onReply(isNoResponders(message) ? undefined : new LazyMessage(message)));
+        guarded(this.#events, subject, () => onReply(isNoResponders(message) ? undefined : new LazyMessage(message)));
       },
     });
     this.#connection.publish(subject, data, { reply: inbox });
@@ -387,23 +259,6 @@ export class Bus {
       if (!(cause instanceof NatsError)) throw cause;
     }
     return instances;
-  }
-
-  #mayAnswer({ subject, reply }: Msg): boolean {
-    if (!isForbiddenReply(reply)) return true;
-    this.#events.onError(
-      new LaminaError('protocol_violation', `a request asks to be answered on "${reply?.slice(0, 80)}"; use an inbox`),
-      subject,
-    );
-    return false;
-  }
-
-  #guard(subject: string, run: () => void): void {
-    try {
-      run();
-    } catch (cause) {
-      this.#events.onError(asLaminaError(cause), subject);
-    }
   }
 
   /** Sends a request to everyone who listens and collects what comes back within `waitMs`. */

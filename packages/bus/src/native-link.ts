@@ -13,7 +13,8 @@
  */
 import { lookup } from 'node:dns/promises';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
-import type { BusEvents, Subscription } from './bus.ts';
+import type { Subscription } from './bus.ts';
+import type { BusEvents } from './bus-message.ts';
 import {
   type BusOptions,
   MAX_UNANSWERED_PINGS,

@@ -6,8 +6,8 @@
  * cannot be had (no compiler at the build, TLS), nats.js carries them.
  */
 import { LaminaError } from '@lamina/tensor';
-import type { BusEvents } from './bus.ts';
 import { BusLink } from './bus-link.ts';
+import type { BusEvents } from './bus-message.ts';
 import { type BusOptions, wantsTls } from './connection.ts';
 import { NativeLink } from './native-link.ts';
 import { noNativeLinkReason } from './native-socket.ts';

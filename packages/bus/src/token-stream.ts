@@ -35,7 +35,8 @@ import {
   NatsError,
   type StoredMsg,
 } from 'nats';
-import { type Bus, type BusMessage, type Subscription, tooLarge } from './bus.ts';
+import { type Bus, type Subscription, tooLarge } from './bus.ts';
+import type { BusMessage } from './bus-message.ts';
 import { JETSTREAM_CODES } from './jetstream-codes.ts';
 import { isStreamMissing, lastMessage } from './stored-message.ts';
 import type { StoreOutcome, StreamPublisher } from './stream-publisher.ts';

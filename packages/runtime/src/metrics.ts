@@ -111,7 +111,7 @@ function observeEventLoop(registry: Registry): void {
  * answers: $SRV.STATS carries the service's own facts per endpoint, and some services have no other.
  */
 export function answerMetrics(bus: Bus, registry: Registry, onError: (cause: unknown) => void): void {
-  bus.serveRaw('metrics', SUBJECTS.metrics, bus.instanceId, (message) => {
+  bus.service.serveRaw('metrics', SUBJECTS.metrics, bus.service.instanceId, (message) => {
     const { reply } = message;
     if (reply === undefined) return;
     registry.getMetricsAsJSON().then((metrics) => bus.publish(reply, packMessage(metrics)), onError);

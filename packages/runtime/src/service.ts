@@ -90,7 +90,7 @@ export async function runService(
     }
     bus.onStatus((type, detail) => logger.debug({ type, detail }, 'connection'));
     let running: RunningService | undefined;
-    await bus.announce({
+    await bus.service.announce({
       name: SERVICE_NAMES[service],
       version: VERSION,
       description,

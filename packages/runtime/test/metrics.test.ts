@@ -29,7 +29,7 @@ async function startInstance(service: string, instance: string, count: number): 
   new Counter({ name: 'requests_total', help: 'h', labelNames: ['kind'], registers }).inc({ kind: 'a' }, count);
   new Histogram({ name: 'seconds', help: 'h', buckets: [1, 2], registers }).observe(count);
   new Gauge({ name: 'level', help: 'h', registers }).set(count === 1 ? Number.NaN : count);
-  await bus.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => null });
+  await bus.service.announce({ name: 'x', version: '0.1.0', description: '', metadata: {}, stats: () => null });
   answerMetrics(bus, registry, (cause) => failures.push(cause));
   await bus.flush();
 }

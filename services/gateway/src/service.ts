@@ -145,7 +145,7 @@ export async function startGateway({ config, bus, log, registry, complain }: Ser
     prompts.cancel(subject.slice(subject.lastIndexOf('.') + 1));
   });
   bus.subscribe(SUBJECTS.cancelAll, ({ subject }) => gateway.handleStrayCancel(subject), { queue: GATEWAY_QUEUE });
-  bus.serveRaw('generate', SUBJECTS.generate, GATEWAY_QUEUE, (message) => gateway.handleGenerate(message));
+  bus.service.serveRaw('generate', SUBJECTS.generate, GATEWAY_QUEUE, (message) => gateway.handleGenerate(message));
   // Ready means that the server has the subscriptions.
   await bus.flush();
   void prompts.run();
@@ -156,7 +156,7 @@ export async function startGateway({ config, bus, log, registry, complain }: Ser
   return {
     stats: () => ({ openRequests: gateway.openRequests, httpPort }),
     stop: async () => {
-      if (!bus.isClosed) await bus.withdraw();
+      if (!bus.isClosed) await bus.service.withdraw();
       prompts.stop();
       await gateway.drain(bus.isClosed ? 0 : DRAIN_GRACE_MS);
       await promptTokenizer.close();

@@ -76,7 +76,7 @@ export async function startKvManager(context: KvManagerContext): Promise<Running
     endpoint: Endpoint<Request, Reply>,
     handle: (body: Request) => Reply | Promise<Reply>,
   ): void =>
-    bus.serve(endpoint, (body) => {
+    bus.service.serve(endpoint, (body) => {
       try {
         return handle(body);
       } catch (cause) {
