@@ -1,6 +1,6 @@
 /**
- * Owns finding a nats-server: LAMINA_NATS_SERVER, PATH, an earlier download in .lamina/bin, the distribution's package
- * (unpacked into .lamina/bin: no root needed, no service started), Homebrew, the official release (checked), in this
+ * Owns finding a nats-server: LAMINA_NATS_SERVER, PATH, an earlier download in .lamina/bin, the official release
+ * (checked), the distribution's package (unpacked into .lamina/bin: no root needed, no service started), Homebrew, in this
  * order. Every candidate must run and be recent enough.
  */
 import { createHash } from 'node:crypto';
@@ -183,9 +183,6 @@ export async function findNatsServer() {
   }
 
   say('getting nats-server (there is none on PATH)');
-  if (await fromDebianPackage()) return DOWNLOADED;
-  const brewed = await fromHomebrew();
-  if (brewed !== undefined && (await unfit(brewed)) === null) return brewed;
   try {
     await fromRelease();
     return DOWNLOADED;
@@ -193,5 +190,9 @@ export async function findNatsServer() {
     const cause = error instanceof Error && error.cause instanceof Error ? ` (${error.cause.message})` : '';
     notes.push(`official release: ${error instanceof Error ? error.message : error}${cause}`);
   }
+  // Distributions may be years behind: Debian 12 has the oldest that will do.
+  if (await fromDebianPackage()) return DOWNLOADED;
+  const brewed = await fromHomebrew();
+  if (brewed !== undefined && (await unfit(brewed)) === null) return brewed;
   throw new SetupError(`No nats-server: ${notes.join('; ')}. ${WHAT_TO_DO}`);
 }

@@ -92,30 +92,19 @@ napi_value flush(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
-/** receive(link, spinUs): sends, then takes what comes within that time. Returns how many messages onLine was told of. */
-napi_value receive(napi_env env, napi_callback_info info) {
+/** wait(link, timeoutUs, spinUs): sends, then takes what comes in time. Returns how many messages onLine was told of. */
+napi_value wait(napi_env env, napi_callback_info info) {
   const LinkCpu cpu;
-  napi_value args[2];
+  napi_value args[3];
   LinkHandle* handle = read_call(env, info, args);
+  int32_t timeout_us = 0;
   int32_t spin_us = 0;
-  if (handle == nullptr || !read_int32(env, args[1], &spin_us)) return nullptr;
-  const int32_t num_messages = handle->link().receive_soon(spin_us);
+  if (handle == nullptr || !read_int32(env, args[1], &timeout_us) || !read_int32(env, args[2], &spin_us)) return nullptr;
+  const int32_t num_messages = handle->link().wait(timeout_us, spin_us);
   handle->settle();
   napi_value result;
   napi_create_int32(env, num_messages, &result);
   return result;
-}
-
-/** sleep(link, timeoutUs): until there is something to receive. */
-napi_value sleep(napi_env env, napi_callback_info info) {
-  const LinkCpu cpu;
-  napi_value args[2];
-  LinkHandle* handle = read_call(env, info, args);
-  int32_t timeout_us = 0;
-  if (handle == nullptr || !read_int32(env, args[1], &timeout_us)) return nullptr;
-  handle->link().sleep(timeout_us);
-  handle->settle();
-  return nullptr;
 }
 
 /** hold(link): the memory that the last line lies in is not written again. Call in onLine. */
@@ -179,8 +168,7 @@ napi_value init(napi_env env, napi_value exports) {
                            {"publish", publish},
                            {"write", write},
                            {"flush", flush},
-                           {"receive", receive},
-                           {"sleep", sleep},
+                           {"wait", wait},
                            {"hold", hold},
                            {"attach", attach},
                            {"detach", detach},

@@ -257,17 +257,19 @@ int32_t Link::deliver() {
   return num_messages;
 }
 
-int32_t Link::receive_soon(int32_t spin_us) {
+int32_t Link::wait(int32_t timeout_us, int32_t spin_us) {
   flush();
   const int64_t begin_us = now_us();
-  for (;;) {
+  do {
     const int32_t num_messages = receive();
-    if (num_messages > 0 || !is_open_ || is_delivering_ || now_us() - begin_us >= spin_us) return num_messages;
-  }
+    if (num_messages > 0 || !is_open_ || is_delivering_) return num_messages;
+  } while (now_us() - begin_us < spin_us);
+  sleep(timeout_us);
+  flush();
+  return receive();
 }
 
 void Link::sleep(int32_t timeout_us) {
-  if (!is_open_ || is_delivering_) return;
   pollfd watched{descriptor_, short(POLLIN | (has_unsent() ? POLLOUT : 0)), 0};
 #ifdef __linux__
   const timespec timeout{timeout_us / 1'000'000, long(timeout_us % 1'000'000) * 1000};

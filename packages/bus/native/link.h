@@ -46,10 +46,11 @@ class Link {
   void flush();
   /** Reads what has come and tells the owner. Returns how many messages that were. */
   int32_t receive();
-  /** Sends what waits, then as `receive`, again and again for `spin_us` while no message comes. */
-  int32_t receive_soon(int32_t spin_us);
-  /** Sleeps until something comes, or can be sent, or `timeout_us` are over. */
-  void sleep(int32_t timeout_us);
+  /**
+   * Sends what waits, then as `receive`: again and again for `spin_us` while no message comes, then once more when something
+   * has come or `timeout_us` are over, without having run meanwhile.
+   */
+  int32_t wait(int32_t timeout_us, int32_t spin_us);
   /** The owner keeps what lies in the receive memory. */
   void hold_memory() { is_held_ = true; }
   void close(const std::string& failure);
@@ -64,6 +65,8 @@ class Link {
   void close_descriptor();
 
  private:
+  /** Until something comes, or can be sent, or `timeout_us` are over. */
+  void sleep(int32_t timeout_us);
   bool make_room();
   int32_t deliver();
   void fail_by_errno(const char* what, int code);

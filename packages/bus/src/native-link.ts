@@ -87,7 +87,8 @@ export class NativeLink implements TensorLink {
   readonly #message = new SocketMessage();
   readonly #flushLater = (): void => {
     this.#isFlushPlanned = false;
-    this.#socket?.flush();
+    if (this.#hasUnsent) this.#socket?.flush();
+    this.#hasUnsent = false;
   };
   /** Logged in; undefined while there is no connection. */
   #socket: NativeSocket | undefined;
@@ -99,6 +100,8 @@ export class NativeLink implements TensorLink {
   #pingTimer: NodeJS.Timeout | undefined;
   #retryTimer: NodeJS.Timeout | undefined;
   #isFlushPlanned = false;
+  /** Published since the socket was last told to send. */
+  #hasUnsent = false;
   #isClosed = false;
   /** performance.now() of the last login; undefined before the first. */
   #loggedInAtMs: number | undefined;
@@ -140,6 +143,7 @@ export class NativeLink implements TensorLink {
   publish(subject: string, data: Uint8Array, reply = ''): void {
     if (this.#socket === undefined) return;
     this.#socket.publish(subject, reply, data);
+    this.#hasUnsent = true;
     if (this.#isFlushPlanned) return;
     this.#isFlushPlanned = true;
     queueMicrotask(this.#flushLater);
@@ -161,7 +165,9 @@ export class NativeLink implements TensorLink {
 
   receive(timeoutUs: number, spinUs: number): boolean {
     const socket = this.#socket;
-    return socket !== undefined && socket.wait(timeoutUs, spinUs) > 0;
+    if (socket === undefined) return false;
+    this.#hasUnsent = false;
+    return socket.wait(timeoutUs, spinUs) > 0;
   }
 
   onStatus(callback: (status: LinkStatus) => void): void {

@@ -22,8 +22,7 @@ interface LinkAddon {
   publish(link: NativeLinkHandle, subject: string, reply: string, data: Uint8Array): void;
   write(link: NativeLinkHandle, bytes: Uint8Array): void;
   flush(link: NativeLinkHandle): void;
-  receive(link: NativeLinkHandle, spinUs: number): number;
-  sleep(link: NativeLinkHandle, timeoutUs: number): void;
+  wait(link: NativeLinkHandle, timeoutUs: number, spinUs: number): number;
   hold(link: NativeLinkHandle): void;
   attach(link: NativeLinkHandle, subscription: number, handler: object): void;
   detach(link: NativeLinkHandle, subscription: number): void;
@@ -37,8 +36,7 @@ const loaded = loadNativeModule<LinkAddon>(new URL('../build/lamina_link.node', 
   'publish',
   'write',
   'flush',
-  'receive',
-  'sleep',
+  'wait',
   'hold',
   'attach',
   'detach',
@@ -166,15 +164,7 @@ export class NativeSocket {
 
   /** Sends what was published and takes what comes within `timeoutUs`; does not sleep for the first `spinUs`. Returns how many messages came. */
   wait(timeoutUs: number, spinUs: number): number {
-    const numMessages = this.#addon.receive(this.#handle, spinUs);
-    if (numMessages > 0) return numMessages;
-    this.#sleepUntilReady(timeoutUs);
-    return this.#addon.receive(this.#handle, 0);
-  }
-
-  /** A method of its own, so that a profile tells waiting from work (bench/profile.ts). */
-  #sleepUntilReady(timeoutUs: number): void {
-    this.#addon.sleep(this.#handle, timeoutUs);
+    return this.#addon.wait(this.#handle, timeoutUs, spinUs);
   }
 
   close(): void {
