@@ -13,10 +13,10 @@ import type { KvManager } from './kv-manager.ts';
 
 const PROBE_TIMEOUT_MS = 250;
 /**
- * Between two questions when nobody listens, which is known at once. A shard whose connection was cut makes another at once,
- * which takes some milliseconds, on a machine that is busy some tens.
+ * From one question to the next, at least: when nobody listens, that is known at once. A shard whose connection was cut makes
+ * another at once, which takes some milliseconds, on a machine that is busy some tens.
  */
-const PAUSE_MS = 200;
+const MIN_INTERVAL_MS = 200;
 
 export class Suspicions {
   readonly #bus: Pick<Bus, 'probe'>;
@@ -40,8 +40,10 @@ export class Suspicions {
   async #ask(shardId: string): Promise<boolean> {
     if (!this.#manager.hasShard(shardId)) return true;
     const subject = SUBJECTS.shardProbe(shardId);
+    const askedAtMs = performance.now();
     if (await this.#bus.probe(subject, PROBE_TIMEOUT_MS)) return false;
-    await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+    const pauseMs = MIN_INTERVAL_MS - (performance.now() - askedAtMs);
+    if (pauseMs > 0) await new Promise((resolve) => setTimeout(resolve, pauseMs));
     if (await this.#bus.probe(subject, PROBE_TIMEOUT_MS)) return false;
     this.#manager.removeShard(shardId, 'shard does not answer');
     return true;
