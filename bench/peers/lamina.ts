@@ -23,8 +23,6 @@ export interface LaminaOptions {
   readonly natsUrl?: string;
   /** Directory of a model in place of a synthetic one. */
   readonly modelDir?: string;
-  /** Prompts in place of random ones. */
-  readonly prompts?: readonly (readonly number[])[];
 }
 
 const PAUSED = ['gateway', 'dense-executor', 'attention-shard', 'kv-manager'] as const;
@@ -50,6 +48,7 @@ export interface LiveRequest {
   readonly id: string;
   /** performance.now() at the arrival of each token. */
   readonly timesMs: number[];
+  readonly tokens: number[];
   readonly unsubscribe: () => void;
 }
 
@@ -103,10 +102,9 @@ export class LaminaPeer implements Contestant {
   async open(workload: Workload): Promise<Opened> {
     const { model, directory, numRequests, contextTokens, maxNewTokens } = workload;
     const cluster = await this.start(model, directory);
-    const { vocabSize } = this.#options.modelDir === undefined ? shapeOf(model).shape : { vocabSize: 0 };
+    const { vocabSize } = shapeOf(model).shape;
     const before = await readMetrics(cluster.httpUrl);
-    const prompts =
-      this.#options.prompts ?? Array.from({ length: numRequests }, (_, i) => promptOf(i, contextTokens, vocabSize));
+    const prompts = Array.from({ length: numRequests }, (_, i) => promptOf(i, contextTokens, vocabSize));
     const startedMs = performance.now();
     this.#live = prompts.map((prompt) => this.submit(prompt, maxNewTokens));
     await this.#until(() => this.#live.every(({ timesMs }) => timesMs.length > 0));
@@ -123,6 +121,7 @@ export class LaminaPeer implements Contestant {
   submit(tokenIds: readonly number[], maxTokens: number): LiveRequest {
     const id = randomUUID();
     const timesMs: number[] = [];
+    const tokens: number[] = [];
     const body = { id, token_ids: tokenIds, max_tokens: maxTokens, temperature: 0, ignore_eos: true };
     const subscription = this.cluster.bus.requestStream(
       SUBJECTS.generate,
@@ -134,14 +133,17 @@ export class LaminaPeer implements Contestant {
         for (const { index, token, error, finish_reason: reason } of messages) {
           if (error !== undefined) this.#fail(new Error(`${error.code}: ${error.message}`));
           if (token !== null && index !== timesMs.length) this.#fail(new Error(`token ${index} came out of order`));
-          if (token !== null) timesMs.push(nowMs);
+          if (token !== null) {
+            timesMs.push(nowMs);
+            tokens.push(token);
+          }
           if (reason !== null && reason !== 'cancelled' && timesMs.length < maxTokens)
             this.#fail(new Error(`a request ended (${reason}) after ${timesMs.length} tokens`));
         }
         this.#onProgress?.();
       },
     );
-    return { id, timesMs, unsubscribe: () => subscription.unsubscribe() };
+    return { id, timesMs, tokens, unsubscribe: () => subscription.unsubscribe() };
   }
 
   get live(): readonly LiveRequest[] {
