@@ -113,6 +113,7 @@ struct SimdKernel {
 
 #if defined(__x86_64__)
 extern const SimdKernel kAvx512Kernel;
+extern const SimdKernel kAvx512NearKernel;
 extern const SimdKernel kAvx2Kernel;
 #endif
 #if defined(__aarch64__)

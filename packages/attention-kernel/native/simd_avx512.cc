@@ -6,11 +6,13 @@
 namespace lamina {
 namespace {
 
+/** @tparam Locality Of prefetches: 2 into the second-level cache, 3 into the first. */
+template <int Locality>
 struct Avx512 {
   using Reg = __m512;
   using Half = uint16_t;
   static constexpr int kLanes = 16;
-  static constexpr int kPrefetchLocality = 2;
+  static constexpr int kPrefetchLocality = Locality;
   /** Widest register tile for R rows: 32 registers hold R x NV sums, NV rows of KV and one broadcast. */
   template <int R>
   static constexpr int vectors() {
@@ -49,7 +51,8 @@ struct Avx512 {
 
 }  // namespace
 
-LAMINA_DEFINE_KERNEL(kAvx512Kernel, "native-avx512", "avx512", Avx512)
+LAMINA_DEFINE_KERNEL(kAvx512Kernel, "native-avx512", "avx512", Avx512<2>)
+LAMINA_DEFINE_KERNEL(kAvx512NearKernel, "native-avx512", "avx512", Avx512<3>)
 
 }  // namespace lamina
 #endif
