@@ -5,7 +5,7 @@
  * 10 MB of young garbage, or has not: what is resident at any other moment says little.
  */
 import { readFileSync } from 'node:fs';
-import { sleep } from '../chaos/requests.ts';
+import { setTimeout as sleep } from 'node:timers/promises';
 
 /** In which every thread has collected its heap: each when it comes to it, and young garbage gathers again from then on. */
 const COLLECT_MS = 2_000;

@@ -120,6 +120,7 @@ export class StepLoop {
     if (entries.length === 1) entries[0]!.request.runsAlone = false;
     scheduler.stepTook(entries, result.timings.totalMs);
     let row = 0;
+    let numGiven = 0;
     for (const entry of entries) {
       const { request, numTokens, draft } = entry;
       const numComputed = entry.start + numTokens - draft.length;
@@ -130,17 +131,22 @@ export class StepLoop {
         if (request.phase === 'prefill') metrics.prefilledTokens.inc(numTokens);
         if (!isSampled) requests.send(request, { type: 'CHUNK_READY' });
         else if (draft.length === 0) this.#onSampled(request, result, row);
-        else this.#onVerified(request, draft, result, row);
+        else numGiven += this.#onVerified(request, draft, result, row);
+        if (isSampled) numGiven++;
       }
       if (isSampled) row += 1 + draft.length;
     }
+    scheduler.stepGave(numGiven, performance.now());
     this.#settle(entries);
     metrics.observeStep(result.timings);
     metrics.observe('machine', requests.takeMachineMs());
   }
 
-  /** Tokens of one pass: each is the sampled one, and the next row counts while that is the drafted one. */
-  #onVerified(request: GenerationRequest, draft: readonly number[], result: StepDone, row: number): void {
+  /**
+   * Tokens of one pass: each is the sampled one, and the next row counts while that is the drafted one.
+   * @returns how many drafted tokens were right.
+   */
+  #onVerified(request: GenerationRequest, draft: readonly number[], result: StepDone, row: number): number {
     const { kvGeneration } = request;
     const { metrics } = this.#options;
     let numAccepted = 0;
@@ -155,6 +161,7 @@ export class StepLoop {
     request.lookup?.verified(draft.length, numAccepted);
     metrics.draftedTokens.inc(draft.length);
     metrics.acceptedTokens.inc(numAccepted);
+    return numAccepted;
   }
 
   #onSampled(request: GenerationRequest, result: StepDone, row: number): void {

@@ -3,8 +3,9 @@
  *
  * Invariants
  * 1. A request belongs to one wave at a time and changes it only between steps (the paper's section 4.3 with n = 2:
- *    waves share nothing, so moving one needs no migration of context). A worker's second wave is used when the first has
+ *    waves share nothing, so moving one needs no migration of context). A worker's second wave is of use when the first has
  *    MIN_WAVE_REQUESTS: a pass of the dense stages costs nearly as much for 8 rows as for 16, more than overlap gains.
+ *    Whether it is used then is measured (wave-choice.ts).
  * 2. A step has at most maxBatchedTokens tokens: one per decoding request first, prefill chunks in what is left. Decoding
  *    requests of all waves wait for a chunk, so beside them it has at most prefillChunkTokens (chunk-limit.ts); while
  *    nobody decodes, or several prompts wait and no more requests decode, it may fill the step. It ends at a block, so
@@ -21,6 +22,7 @@ import type { KvDtype } from '@lamina/tensor';
 import type { GenerationRequest } from '../request/request.ts';
 import { ChunkLimit } from './chunk-limit.ts';
 import { PromptLookup } from './prompt-lookup.ts';
+import { WaveChoice } from './wave-choice.ts';
 
 export interface SchedulerLimits {
   readonly maxBatchedTokens: number;
@@ -30,7 +32,7 @@ export interface SchedulerLimits {
 }
 
 const MAX_SPECULATED_ROWS = 16;
-/** 8 and 16 requests of SmolLM2-135M's shape: one wave was 4 to 11 % faster than two; 32 requests: two were. */
+/** 8 and 16 requests of SmolLM2-135M's shape: one wave was 4 to 11 % faster than two. */
 const MIN_WAVE_REQUESTS = 16;
 
 /** Tokens [start, start + numTokens) of one request in one step; the last draft.length of them are guesses. */
@@ -69,6 +71,7 @@ export class Scheduler {
   readonly #limits: SchedulerLimits;
   readonly #waves: GenerationRequest[][];
   readonly #chunkLimit = new ChunkLimit();
+  readonly #waveChoice: WaveChoice;
   /** Every worker's first wave, then every worker's second, ... */
   readonly #waveOrder: readonly number[];
   readonly #numWorkers: number;
@@ -84,6 +87,7 @@ export class Scheduler {
     this.#waves = Array.from({ length: numWaves }, () => []);
     this.#numWorkers = numWorkers;
     const wavesPerWorker = numWaves / numWorkers;
+    this.#waveChoice = new WaveChoice(wavesPerWorker);
     this.#waveOrder = Array.from(
       { length: numWaves },
       (_, i) => (i % numWorkers) * wavesPerWorker + Math.floor(i / numWorkers),
@@ -131,11 +135,33 @@ export class Scheduler {
     this.#chunkLimit.observe({ numDecodeTokens, numPromptTokens, isDisturbed, totalMs });
   }
 
+  /** A step gave so many tokens of answers, and what follows from them is done. */
+  stepGave(numTokens: number, nowMs: number): void {
+    const load = this.#loadOfWorker(this.#numRequests);
+    const isPure = this.#waves.every((wave) => wave.every(({ phase }) => phase === 'decode'));
+    this.#waveChoice.stepDone({ nowMs, numTokens, isPure, ...load });
+  }
+
+  get #numRequests(): number {
+    let numRequests = 0;
+    for (const wave of this.#waves) numRequests += wave.length;
+    return numRequests;
+  }
+
+  #loadOfWorker(numRequests: number): { numRequests: number; mostUseful: number } {
+    const ofWorker = Math.ceil(numRequests / this.#numWorkers);
+    return { numRequests: ofWorker, mostUseful: Math.ceil(ofWorker / MIN_WAVE_REQUESTS) };
+  }
+
   /** Waves that are worth a pass of their own for the requests that there are and `numMore`. */
   #usedWaves(numMore: number): readonly number[] {
-    let numRequests = numMore;
-    for (const wave of this.#waves) numRequests += wave.length;
-    return this.#waveOrder.slice(0, Math.max(this.#numWorkers, Math.ceil(numRequests / MIN_WAVE_REQUESTS)));
+    const numRequests = this.#numRequests + numMore;
+    const ofWorker = this.#loadOfWorker(numRequests);
+    const numWaves = this.#numWorkers * this.#waveChoice.numWaves(ofWorker.numRequests, ofWorker.mostUseful);
+    return this.#waveOrder.slice(
+      0,
+      Math.max(this.#numWorkers, Math.min(numWaves, Math.ceil(numRequests / MIN_WAVE_REQUESTS))),
+    );
   }
 
   /** Puts a request into the used wave with the fewest. */
@@ -153,9 +179,9 @@ export class Scheduler {
   }
 
   /**
-   * Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`, which is idle, and all from
-   * waves that are no longer worth a pass. Such a wave gives what it has to the emptiest that is: one in a step, since an
-   * idle one, which may have been asked before, has taken all.
+   * Evens out the waves: moves requests that are in no step from the fullest wave to `waveIndex`, which is idle, or from it
+   * to emptier ones, and all from waves that are no longer worth a pass. Such a wave gives what it has to the emptiest that
+   * is: one in a step, since an idle one, which may have been asked before, has taken all.
    */
   #rebalance(waveIndex: number): void {
     const used = this.#usedWaves(0);
@@ -174,11 +200,16 @@ export class Scheduler {
     for (;;) {
       let fullest = target;
       for (const wave of this.#waves) if (wave.length > fullest.length) fullest = wave;
-      if (fullest.length - target.length < 2) return;
+      if (fullest.length - target.length < 2) break;
       const at = fullest.findLastIndex((request) => !request.isInStep);
-      if (at < 0) return;
+      if (at < 0) break;
       const [request] = fullest.splice(at, 1);
       this.#put(request!, waveIndex);
+    }
+    for (;;) {
+      const emptiest = this.#emptiest(used);
+      if (target.length - this.#waves[emptiest]!.length < 2) return;
+      this.#put(target.pop()!, emptiest);
     }
   }
 
