@@ -1,6 +1,6 @@
 /** A kv-manager under fake time, and short ways to drive it. */
 import type { BlockRef } from '@lamina/protocol';
-import type { AttentionSpec } from '@lamina/tensor';
+import { type AttentionSpec, LaminaError } from '@lamina/tensor';
 import { KvManager, type KvManagerOptions } from '../src/kv-manager.ts';
 
 const SPEC: AttentionSpec = {
@@ -105,4 +105,23 @@ export function countByShard(blocks: readonly BlockRef[]): Record<string, number
   const counts: Record<string, number> = {};
   for (const { shardId } of blocks) counts[shardId] = (counts[shardId] ?? 0) + 1;
   return counts;
+}
+
+/** What `run` is refused with. @throws Error when it is not. */
+export function refusal(run: () => unknown): { code: string; message: string } {
+  try {
+    run();
+  } catch (error) {
+    if (error instanceof LaminaError) return { code: error.code, message: error.message };
+    throw error;
+  }
+  throw new Error('nothing was refused');
+}
+
+/** An executor e1 and shards s1, s2, ... of so many blocks. */
+export function cluster(...numBlocks: number[]): Fixture {
+  const fixture = new Fixture();
+  fixture.executor('e1');
+  for (const [i, blocks] of numBlocks.entries()) fixture.join(`s${i + 1}`, blocks);
+  return fixture;
 }
