@@ -96,10 +96,13 @@ async function measureKernels(
     await sleep(seconds * 250);
     const [before, startedMs] = [numDone, performance.now()];
     await sleep(seconds * 1000);
+    const numEnded = kernels.filter(({ exitCode }) => exitCode !== null).length;
+    if (numEnded > 0) throw new Error(`${numEnded} of ${numShards} kernels ended while they were measured`);
     const layersPerSecond = (1000 * (numDone - before)) / (performance.now() - startedMs);
     return (layersPerSecond * SCALE.numRequests) / (numLayers * numShards);
   } finally {
-    await docker('rm', '--force', ...names.slice(0, kernels.length));
+    // What could not be started is not there to be removed, and its own error says more.
+    await docker('rm', '--force', ...names.slice(0, kernels.length)).catch(() => undefined);
   }
 }
 

@@ -164,6 +164,17 @@ describe('Scheduler', () => {
     expect(Math.abs(sizes[0]! - sizes[1]!)).toBeLessThan(2);
   });
 
+  it('compares with two workers as with one', () => {
+    const subject = new Scheduler({ maxBatchedTokens: 64, prefillChunkTokens: 32, speculation: 'off' }, 4, 2);
+    subject.blockSizeTokens = BLOCK;
+    for (let i = 0; i < 64; i++) subject.add(decoding());
+    const counts = new Decoding(subject).run(250, (numWaves) => (numWaves === 2 ? 40 : 50));
+    expect(counts[0]).toBe(4);
+    expect(counts.at(-1)).toBe(2);
+    // One comparison with its two parts in fewer waves, then those that were found to be better.
+    expect(counts.indexOf(2)).toBeGreaterThan(12);
+  });
+
   it('does not compare while a prompt is computed', () => {
     const { subject } = made(31);
     const prompt = request({ numPromptTokens: 10, numComputed: 0, phase: 'prefill' });

@@ -87,7 +87,7 @@ export class Scheduler {
     this.#waves = Array.from({ length: numWaves }, () => []);
     this.#numWorkers = numWorkers;
     const wavesPerWorker = numWaves / numWorkers;
-    this.#waveChoice = new WaveChoice(wavesPerWorker);
+    this.#waveChoice = new WaveChoice(wavesPerWorker, numWorkers);
     this.#waveOrder = Array.from(
       { length: numWaves },
       (_, i) => (i % numWorkers) * wavesPerWorker + Math.floor(i / numWorkers),
@@ -137,9 +137,10 @@ export class Scheduler {
 
   /** A step gave so many tokens of answers, and what follows from them is done. */
   stepGave(numTokens: number, nowMs: number): void {
-    const load = this.#loadOfWorker(this.#numRequests);
+    const numRequests = this.#numRequests;
+    const mostUseful = this.#mostUseful(numRequests);
     const isPure = this.#waves.every((wave) => wave.every(({ phase }) => phase === 'decode'));
-    this.#waveChoice.stepDone({ nowMs, numTokens, isPure, ...load });
+    this.#waveChoice.stepDone({ nowMs, numTokens, isPure, numRequests, mostUseful });
   }
 
   get #numRequests(): number {
@@ -148,20 +149,17 @@ export class Scheduler {
     return numRequests;
   }
 
-  #loadOfWorker(numRequests: number): { numRequests: number; mostUseful: number } {
-    const ofWorker = Math.ceil(numRequests / this.#numWorkers);
-    return { numRequests: ofWorker, mostUseful: Math.ceil(ofWorker / MIN_WAVE_REQUESTS) };
+  /** Waves of one worker that so many requests of all workers fill. */
+  #mostUseful(numRequests: number): number {
+    return Math.ceil(numRequests / (this.#numWorkers * MIN_WAVE_REQUESTS));
   }
 
   /** Waves that are worth a pass of their own for the requests that there are and `numMore`. */
   #usedWaves(numMore: number): readonly number[] {
     const numRequests = this.#numRequests + numMore;
-    const ofWorker = this.#loadOfWorker(numRequests);
-    const numWaves = this.#numWorkers * this.#waveChoice.numWaves(ofWorker.numRequests, ofWorker.mostUseful);
-    return this.#waveOrder.slice(
-      0,
-      Math.max(this.#numWorkers, Math.min(numWaves, Math.ceil(numRequests / MIN_WAVE_REQUESTS))),
-    );
+    const numWaves = this.#numWorkers * this.#waveChoice.numWaves(numRequests, this.#mostUseful(numRequests));
+    const numFilled = Math.ceil(numRequests / MIN_WAVE_REQUESTS);
+    return this.#waveOrder.slice(0, Math.max(this.#numWorkers, Math.min(numWaves, numFilled)));
   }
 
   /** Puts a request into the used wave with the fewest. */

@@ -45,6 +45,7 @@ interface Comparison {
 
 export class WaveChoice {
   readonly #mostWaves: number;
+  readonly #numWorkers: number;
   /** By the binary logarithm of the number of requests. */
   readonly #choices: (Choice | undefined)[] = [];
   #comparison: Comparison | undefined;
@@ -53,11 +54,12 @@ export class WaveChoice {
   #numPureSteps = 0;
 
   /** @param mostWaves Of one worker. */
-  constructor(mostWaves: number) {
+  constructor(mostWaves: number, numWorkers = 1) {
     this.#mostWaves = mostWaves;
+    this.#numWorkers = numWorkers;
   }
 
-  /** Waves of each worker for so many requests a worker, of which `mostUseful` are worth a pass of their own. */
+  /** Waves of each worker for so many requests of all workers, where at most `mostUseful` are worth a pass of their own. */
   numWaves(numRequests: number, mostUseful: number): number {
     const most = Math.min(this.#mostWaves, mostUseful);
     if (most <= 1) return 1;
@@ -68,7 +70,7 @@ export class WaveChoice {
     return Math.min(most, choice?.numWaves ?? most);
   }
 
-  /** A step gave so many tokens, while so many requests a worker were there; `isPure`: all of them decode. */
+  /** A step gave so many tokens, while so many requests of all workers were there; `isPure`: all of them decode. */
   stepDone(step: {
     readonly nowMs: number;
     readonly numTokens: number;
@@ -88,7 +90,7 @@ export class WaveChoice {
       this.#comparison = undefined;
     }
     // Steps of other waves began while there was a prompt.
-    if (most <= 1 || this.#numPureSteps <= this.#mostWaves) return;
+    if (most <= 1 || this.#numPureSteps <= this.#mostWaves * this.#numWorkers) return;
     const choice = this.#choices[size] ?? { numWaves: most, restSteps: FIRST_REST_STEPS, tokensLeft: 0 };
     this.#choices[size] = choice;
     if (this.#comparison !== undefined) this.#goOn(this.#comparison, ms, numTokens, numRequests);
