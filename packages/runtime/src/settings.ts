@@ -232,7 +232,8 @@ export const SETTINGS = {
     fallback: '2',
     schema: integer(1, 16),
     usedBy: ['dense-executor'],
-    meaning: 'Waves that one worker staggers: while one waits for its attention, another computes.',
+    meaning:
+      'Most waves that one worker staggers: while one waits for its attention, another computes. How many it uses is measured.',
   }),
   intraOpThreads: setting({
     env: 'LAMINA_INTRA_OP_THREADS',
