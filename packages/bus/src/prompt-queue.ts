@@ -4,10 +4,12 @@
  * Invariants
  * 1. A prompt stays in the stream until `done`; one that is neither renewed, kept nor done is offered to another gateway.
  * 2. Nothing is decoded here: a bad body is answered by whoever takes it.
- * 3. A prompt that was set aside is a position and a subject: its body and headers are in the stream only, until `open`.
+ * 3. What was done is removed, also where the server lost that when it was killed (acknowledgements.ts).
+ * 4. A prompt that was set aside is a position and a subject: its body and headers are in the stream only, until `open`.
  */
-import { LaminaError } from '@lamina/tensor';
-import { type JsMsg, type MsgHdrs, millis, nanos } from 'nats';
+import type { LaminaError } from '@lamina/tensor';
+import { type MsgHdrs, nanos } from 'nats';
+import { ACKNOWLEDGE, Acknowledgements, type Delivered, deliveredOf } from './acknowledgements.ts';
 import type { Bus } from './bus.ts';
 import { DurablePull } from './durable-pull.ts';
 import { messageAt } from './stored-message.ts';
@@ -43,13 +45,11 @@ export interface PromptAside {
 
 /** What the server stored, whichever way it came. */
 interface Stored {
-  readonly sequence: number;
-  readonly storedAtMs: number;
+  readonly delivered: Delivered;
   readonly data: Uint8Array;
   readonly headers: MsgHdrs | undefined;
 }
 
-const DONE = '+ACK';
 const PUT_BACK = '-NAK';
 const WORKING = '+WPI';
 const putBackAfter = (delayMs: number): string =>
@@ -58,6 +58,7 @@ const putBackAfter = (delayMs: number): string =>
 export class PromptQueue {
   readonly #bus: Bus;
   readonly #pull: DurablePull;
+  readonly #acknowledgements: Acknowledgements;
 
   /**
    * Call `ensureStreams` first.
@@ -66,19 +67,19 @@ export class PromptQueue {
   constructor(bus: Bus, onRepair: (error: LaminaError) => void) {
     this.#bus = bus;
     this.#pull = new DurablePull(bus, PROMPTS_QUEUE, onRepair);
+    this.#acknowledgements = new Acknowledgements(bus, PROMPTS_QUEUE.stream);
   }
 
   /** Waits up to `waitMs` for the next prompt and keeps it until it is done or put back. Rejects when JetStream is away. */
   async take(waitMs: number): Promise<DurablePrompt | undefined> {
     const message = await this.#pull.next(waitMs);
     if (message === undefined) return undefined;
-    const { seq: sequence, data, headers } = message;
-    const storedAtMs = millis(message.info.timestampNanos);
-    return this.#inHand({ sequence, storedAtMs, data, headers }, replySubjectOf(message));
+    const { data, headers } = message;
+    return this.#inHand({ delivered: deliveredOf(message), data, headers });
   }
 
-  /** @param replySubject Where the server hears about it. */
-  #inHand({ sequence, storedAtMs, data, headers }: Stored, replySubject: string): DurablePrompt {
+  #inHand({ delivered, data, headers }: Stored): DurablePrompt {
+    const { sequence, storedAtMs, replySubject } = delivered;
     const renewal = setInterval(() => {
       if (this.#bus.isClosed) clearInterval(renewal);
       else this.#say(replySubject, WORKING);
@@ -92,17 +93,21 @@ export class PromptQueue {
       storedAtMs,
       data,
       header: (name) => headers?.get(name) || undefined,
-      done: () => end(DONE),
+      done: () => {
+        end(ACKNOWLEDGE);
+        this.#acknowledgements.remember(delivered);
+      },
       putBack: (delayMs) => end(putBackAfter(delayMs)),
       setAside: (keepMs) => {
         // What the server puts back after a delay counts as taken until then, and can be renewed and done meanwhile.
         end(putBackAfter(keepMs));
-        return this.#aside(sequence, replySubject);
+        return this.#aside(delivered);
       },
     };
   }
 
-  #aside(sequence: number, replySubject: string): PromptAside {
+  #aside(delivered: Delivered): PromptAside {
+    const { sequence, replySubject } = delivered;
     return {
       sequence,
       keep: (keepMs) => this.#say(replySubject, putBackAfter(keepMs)),
@@ -112,7 +117,7 @@ export class PromptQueue {
         if (stored === undefined) return undefined;
         this.#say(replySubject, WORKING);
         const { data, header: headers, time } = stored;
-        return this.#inHand({ sequence, storedAtMs: time.getTime(), data, headers }, replySubject);
+        return this.#inHand({ delivered: { ...delivered, storedAtMs: time.getTime() }, data, headers });
       },
     };
   }
@@ -120,9 +125,4 @@ export class PromptQueue {
   #say(replySubject: string, answer: string): void {
     if (!this.#bus.isClosed) this.#bus.connection.publish(replySubject, answer);
   }
-}
-
-function replySubjectOf(message: JsMsg): string {
-  if ('reply' in message && typeof message.reply === 'string') return message.reply;
-  throw new LaminaError('internal', 'a message of a consumer has no reply subject');
 }

@@ -5,7 +5,8 @@
  * 1. An item stays in the stream until its lease is completed; a lease that is neither renewed nor completed is offered again.
  * 2. An id that is in the queue is not taken again, however long it has waited there.
  * 3. Nobody takes an item back: one whose request was ended while it waited is taken and completed by an executor.
- * 4. An item that cannot be read is not offered to others, where it would fail as well: its answer is ended, then it is removed.
+ * 4. What was completed is removed, also where the server lost that when it was killed (acknowledgements.ts).
+ * 5. An item that cannot be read is not offered to others, where it would fail as well: its answer is ended, then it is removed.
  */
 import {
   packMessage,
@@ -18,6 +19,7 @@ import {
 } from '@lamina/protocol';
 import { asLaminaError, LaminaError } from '@lamina/tensor';
 import { ErrorCode, type JetStreamClient, type JsMsg, NatsError, type PubAck } from 'nats';
+import { Acknowledgements, deliveredOf } from './acknowledgements.ts';
 import { type Bus, tooLarge } from './bus.ts';
 import { DurablePull } from './durable-pull.ts';
 import { isRefusedWith } from './jetstream-codes.ts';
@@ -51,7 +53,7 @@ function duplicateId(id: string, state: string, cause?: unknown): LaminaError {
 export class WorkQueue {
   readonly #bus: Bus;
   readonly #jetstream: JetStreamClient;
-  #pull: DurablePull | undefined;
+  #leasing: { readonly pull: DurablePull; readonly acknowledgements: Acknowledgements } | undefined;
   /** In the subjects of the stream (work-key.ts), as read last. */
   #key: string | undefined;
 
@@ -157,26 +159,29 @@ export class WorkQueue {
     onError: (error: LaminaError) => void,
     endAnswer: (requestId: string, error: LaminaError) => Promise<void> = async () => undefined,
   ): Promise<WorkLease | undefined> {
-    this.#pull ??= new DurablePull(this.#bus, WORK_QUEUE, onError);
-    const message = await this.#pull.next(waitMs);
+    this.#leasing ??= {
+      pull: new DurablePull(this.#bus, WORK_QUEUE, onError),
+      acknowledgements: new Acknowledgements(this.#bus, WORK_QUEUE.stream),
+    };
+    const { pull, acknowledgements } = this.#leasing;
+    const message = await pull.next(waitMs);
     if (message === undefined) return undefined;
     try {
-      return leaseOf(message, itemOf(message.data));
+      return leaseOf(message, itemOf(message.data), acknowledgements);
     } catch (cause) {
       const error = asLaminaError(cause);
       onError(error);
-      await this.#remove(message, (requestId) => endAnswer(requestId, error)).catch((failure: unknown) => {
+      try {
+        const requestId = requestIdOfWork(message.subject);
+        if (requestId !== undefined) await endAnswer(requestId, error);
+        message.term();
+        acknowledgements.remember(deliveredOf(message));
+      } catch (failure) {
         onError(asLaminaError(failure));
         message.nak(UNREADABLE_RETRY_MS);
-      });
+      }
       return undefined;
     }
-  }
-
-  async #remove(message: JsMsg, end: (requestId: string) => Promise<void>): Promise<void> {
-    const requestId = requestIdOfWork(message.subject);
-    if (requestId !== undefined) await end(requestId);
-    message.term();
   }
 }
 
@@ -185,12 +190,15 @@ function itemOf(data: Uint8Array): WorkItem {
   return parseMessage('work item', workItemSchema, unpackMessage(data));
 }
 
-function leaseOf(message: JsMsg, item: WorkItem): WorkLease {
+function leaseOf(message: JsMsg, item: WorkItem, acknowledgements: Acknowledgements): WorkLease {
   return {
     item,
     deliveryCount: message.info.redeliveryCount,
     renew: () => message.working(),
-    complete: () => message.ack(),
+    complete: () => {
+      message.ack();
+      acknowledgements.remember(deliveredOf(message));
+    },
     release: (delayMs) => message.nak(delayMs),
   };
 }

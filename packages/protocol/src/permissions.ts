@@ -128,6 +128,8 @@ function grantStream(grants: Grants, stream: (typeof STREAMS)[keyof typeof STREA
       call(`CONSUMER.INFO.${name}.${durableConsumer}`, `CONSUMER.MSG.NEXT.${name}.${durableConsumer}`);
       // Made anew when it does not offer what the stream has.
       call(`CONSUMER.DELETE.${name}.${durableConsumer}`);
+      // What is acknowledged again must be what it was.
+      call(`STREAM.INFO.${name}`, `STREAM.MSG.GET.${name}`);
       publish.add(`$JS.ACK.${name}.${durableConsumer}.>`);
       break;
     case 'look':
